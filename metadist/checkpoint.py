@@ -1,0 +1,210 @@
+"""Checkpoints of committed versions: safetensors and JSON, whole or absent, checked when read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from metadist.errors import CheckpointError
+from metadist.files import whole_directory, write_atomically
+from metadist.outer.gradient import Layout, sha256_of
+
+SCHEMA = "metadist.checkpoint/1"
+_TENSOR_FILES = ("meta_params.safetensors", "outer_state.safetensors")
+_VECTOR = "meta_params_vector"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One committed version.
+
+    Args:
+        version: meta-updates made.
+        meta_params: what is learned, by name.
+        snapshot: what the parameter server restores itself from.
+        config: the resolved config as plain values.
+        content_id: of the data it was trained on, if the source has one.
+        progress: totals of the run so far, e.g. ``tasks_seen``.
+    """
+
+    version: int
+    meta_params: dict[str, Tensor]
+    snapshot: dict[str, Any]
+    config: dict[str, Any]
+    content_id: str | None
+    progress: dict[str, Any]
+
+
+def save_checkpoint(
+    directory: Path,
+    snapshot: Mapping[str, Any],
+    layout: Layout,
+    config: Mapping[str, Any],
+    content_id: str | None,
+    progress: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Writes a server snapshot as ``directory/<version>``, points ``latest`` at it, removes the oldest.
+
+    Args:
+        directory: the run's ``checkpoints``.
+        snapshot: of :meth:`metadist.server.ParameterServer.snapshot`.
+        layout: of its weights.
+        config, content_id, progress: see :class:`Checkpoint`.
+        keep: how many to keep.
+
+    Raises:
+        CheckpointError: it cannot be written (a full disk, say); the ones before it are untouched.
+    """
+    version = snapshot["version"]
+    target = directory / f"{version:08d}"
+    vector = torch.from_numpy(np.array(snapshot["weights"]))
+    meta_params = layout.unflatten(vector)
+    outer = {k: torch.from_numpy(np.array(v)) for k, v in snapshot["outer_state"].items()}
+    if any(d != layout.dtype for d in layout.dtypes):
+        # The named tensors are rounded copies: keep the vector the optimizer works on as well.
+        outer[_VECTOR] = vector
+    contents = {
+        _TENSOR_FILES[0]: save_tensors({k: v.contiguous() for k, v in meta_params.items()}),
+        _TENSOR_FILES[1]: save_tensors(outer),
+    }
+    state = {
+        "schema": SCHEMA,
+        "version": version,
+        "meta_params_sha256": sha256_of(meta_params),
+        "layout": list(layout.names),
+        "files": {n: {"bytes": len(b), "sha256": hashlib.sha256(b).hexdigest()} for n, b in contents.items()},
+        "content_id": content_id,
+        "progress": dict(progress),
+        "config": dict(config),
+    }
+    try:
+        if target.exists():
+            # Left by a run that went back to an earlier version: the same bits, or damaged ones.
+            shutil.rmtree(target)
+        with whole_directory(target) as partial:
+            for name, data in contents.items():
+                (partial / name).write_bytes(data)
+            (partial / "state.json").write_text(json.dumps(state, indent=1))
+        write_atomically(directory / "latest", target.name + "\n")
+    except OSError as e:
+        raise CheckpointError(target, f"cannot be written ({e})", "the checkpoints before it are whole") from e
+    for old in _versions(directory)[:-keep]:
+        shutil.rmtree(directory / f"{old:08d}", ignore_errors=True)
+    return target
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Reads and checks one checkpoint directory.
+
+    Raises:
+        CheckpointError: it is missing, cut, altered, or of a newer schema.
+    """
+    state = _read_state(path)
+    tensors = {}
+    for name in _TENSOR_FILES:
+        listed = state["files"].get(name, {})
+        try:
+            data = (path / name).read_bytes()
+        except OSError as e:
+            raise CheckpointError(path / name, f"cannot be read ({e})") from e
+        if len(data) != listed.get("bytes"):
+            raise CheckpointError(path / name, f"holds {len(data)} bytes, {listed.get('bytes')} were written")
+        if hashlib.sha256(data).hexdigest() != listed.get("sha256"):
+            raise CheckpointError(path / name, "is not what was written: its checksum differs")
+        try:
+            tensors[name] = load_tensors(data)
+        except SafetensorError as e:
+            raise CheckpointError(path / name, f"is not a safetensors file ({e})") from e
+    named, outer = tensors[_TENSOR_FILES[0]], tensors[_TENSOR_FILES[1]]
+    if sorted(named) != sorted(state["layout"]):
+        raise CheckpointError(path, "its tensors are not the ones its state.json lists")
+    meta_params = {name: named[name] for name in state["layout"]}
+    vector = outer.pop(_VECTOR, None)
+    if vector is None:
+        vector = Layout.of(meta_params).flatten(meta_params)
+    snapshot = {
+        "version": state["version"],
+        "weights": vector.numpy(),
+        "outer_state": {k: v.numpy() for k, v in outer.items()},
+    }
+    return Checkpoint(
+        state["version"], meta_params, snapshot, state["config"], state.get("content_id"), state.get("progress", {})
+    )
+
+
+def newest_whole_checkpoint(directory: Path) -> tuple[Checkpoint, list[str]]:
+    """The newest checkpoint that is whole, and what was wrong with the ones passed over.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    faults: list[str] = []
+    for version in reversed(_versions(directory)):
+        try:
+            return load_checkpoint(directory / f"{version:08d}"), faults
+        except CheckpointError as e:
+            faults.append(str(e))
+    raise CheckpointError(directory, "holds no whole checkpoint" + "".join(f"\n  {f}" for f in faults))
+
+
+def check_fits(
+    checkpoint: Checkpoint, layout: Layout, content_id: str | None, where: Path | str
+) -> None:
+    """Refuses a checkpoint of another model or another data set, naming what differs.
+
+    Raises:
+        CheckpointError: with the first few differences.
+    """
+    theirs = {k: (tuple(v.shape), v.dtype) for k, v in checkpoint.meta_params.items()}
+    ours = dict(zip(layout.names, zip(layout.shapes, layout.dtypes, strict=True), strict=True))
+    faults = [f"{k} is not a parameter of this model" for k in theirs if k not in ours]
+    faults += [f"{k} is missing" for k in ours if k not in theirs]
+    faults += [
+        f"{k} is {list(theirs[k][0])} {theirs[k][1]}, wanted {list(ours[k][0])} {ours[k][1]}"
+        for k in ours
+        if k in theirs and theirs[k] != ours[k]
+    ]
+    if faults:
+        more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
+        raise CheckpointError(where, "is of another model: " + "; ".join(faults[:3]) + more, "resume it with the model it was trained with")
+    if content_id is not None and checkpoint.content_id is not None and content_id != checkpoint.content_id:
+        raise CheckpointError(
+            where, f"was trained on data {checkpoint.content_id[:12]}, but tasks now name {content_id[:12]}",
+            "point tasks.path at the shard set it was trained on",
+        )
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        state = json.loads((path / "state.json").read_text())
+    except OSError as e:
+        raise CheckpointError(path / "state.json", f"cannot be read ({e})") from e
+    except ValueError as e:
+        raise CheckpointError(path / "state.json", f"is not JSON ({e})") from e
+    if not isinstance(state, dict) or state.get("schema") != SCHEMA:
+        held = state.get("schema") if isinstance(state, dict) else type(state).__name__
+        raise CheckpointError(path, f"is of schema {held!r}, this version reads {SCHEMA}", "use the metadist that wrote it")
+    wanted = {"version": int, "files": dict, "layout": list, "config": dict}
+    for key, kind in wanted.items():
+        if not isinstance(state.get(key), kind):
+            raise CheckpointError(path / "state.json", f"its {key} is {state.get(key)!r}, wanted a {kind.__name__}")
+    return state
+
+
+def _versions(directory: Path) -> list[int]:
+    if not directory.is_dir():
+        return []
+    return sorted(int(p.name) for p in directory.iterdir() if p.is_dir() and p.name.isdigit())

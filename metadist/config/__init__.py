@@ -1,0 +1,6 @@
+"""The experiment file: a typed schema and its loader. Imports neither torch nor ray."""
+
+from metadist.config.load import load_config, parse_override, resolve_overrides, to_yaml, validate
+from metadist.config.schema import Config
+
+__all__ = ["Config", "load_config", "parse_override", "resolve_overrides", "to_yaml", "validate"]

@@ -1,0 +1,269 @@
+"""What an experiment may say. Each family's members are told apart by ``type``.
+
+The first line of a class docstring is what ``metadist check --list`` prints for it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+# --------------------------------------------------------------------------- yours
+
+
+class CustomConfig(Section):
+    """Your own: a class or function named by import_path."""
+
+    type: Literal["custom"] = "custom"
+    import_path: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$", description="package.module:Name")
+    args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments for it")
+
+
+class PythonConfig(Section):
+    """An object passed to `metadist.train` from Python that has no import path, such as a lambda."""
+
+    type: Literal["python"] = "python"
+    name: str = Field(description="how the object calls itself")
+
+
+# --------------------------------------------------------------------------- tasks
+
+
+class ClassTasks(Section):
+    """Fields of every few-shot classification source."""
+
+    ways: Annotated[int, Field(ge=2)] = Field(5, description="classes of an episode")
+    shots: Positive = Field(1, description="support examples of each class")
+    query_shots: Positive = Field(1, description="query examples of each class")
+
+
+class GlyphTasksConfig(ClassTasks):
+    """Letters of many scripts drawn from fonts that come with matplotlib; no download."""
+
+    type: Literal["glyphs"] = "glyphs"
+
+
+class SinusoidTasksConfig(Section):
+    """Sine waves of random amplitude and phase to regress (Finn et al. 2017, section 5.1)."""
+
+    type: Literal["sinusoid"] = "sinusoid"
+    shots: Positive = Field(10, description="support points of a wave")
+    query_shots: Positive = Field(10, description="query points of a wave")
+
+
+class UniformSamplerConfig(Section):
+    """Any classes of the split, any examples of each."""
+
+    type: Literal["uniform"] = "uniform"
+
+
+class WindowSamplerConfig(Section):
+    """A moving window over shuffled class blocks, for sets larger than memory."""
+
+    type: Literal["window"] = "window"
+    blocks: Positive = Field(300, description="class blocks held at once (W)")
+    reuse: Rate = Field(0.5, description="slots the window moves on after each episode (r)")
+
+
+SamplerConfig = Annotated[UniformSamplerConfig | WindowSamplerConfig, Field(discriminator="type")]
+
+
+class ShardTasksConfig(ClassTasks):
+    """Episodes streamed from a shard set written by `metadist data pack`."""
+
+    type: Literal["shards"] = "shards"
+    path: str = Field(description="the shard set's directory")
+    sampler: SamplerConfig = UniformSamplerConfig()
+    rotations: Literal["none", "classes", "task"] = Field(
+        "none",
+        description="quarter turns: of no use, as classes of their own, or one drawn for each class of a task",
+    )
+    resident: bool | Literal["auto"] = Field("auto", description="hold the split in memory")
+    train_split: str = Field("train", description="the split to meta-train on")
+
+
+class CustomTasksConfig(CustomConfig):
+    """A TaskSource of your own, named by import_path."""
+
+
+TasksConfig = Annotated[
+    GlyphTasksConfig | SinusoidTasksConfig | ShardTasksConfig | CustomTasksConfig | PythonConfig,
+    Field(discriminator="type"),
+]
+
+# --------------------------------------------------------------------------- model
+
+
+class Conv4Config(Section):
+    """Four convolution blocks with BatchNorm, the usual few-shot image network."""
+
+    type: Literal["conv4"] = "conv4"
+    filters: Positive = Field(64, description="channels of each block")
+    downsample: Literal["stride", "max_pool"] = Field(
+        "stride", description="how a block halves its input: stride-2 convolution (Omniglot) or 2x2 max pooling"
+    )
+
+
+class MLPConfig(Section):
+    """A multi-layer perceptron with ReLU."""
+
+    type: Literal["mlp"] = "mlp"
+    hidden: tuple[Positive, ...] = Field((40, 40), description="sizes of the hidden layers")
+
+
+class CustomModelConfig(CustomConfig):
+    """A torch.nn.Module of your own, named by import_path."""
+
+
+ModelConfig = Annotated[Conv4Config | MLPConfig | CustomModelConfig | PythonConfig, Field(discriminator="type")]
+
+# --------------------------------------------------------------------------- algorithm
+
+Loss = Annotated[
+    str,
+    Field(
+        pattern=r"^(auto|cross_entropy|mse|[A-Za-z_][\w.]*:[A-Za-z_][\w.]*)$",
+        description="auto (by the targets' type), cross_entropy, mse, or package.module:function(output, target)",
+    ),
+]
+
+
+class MAMLConfig(Section):
+    """Model-agnostic meta-learning, exact second order; `first_order: true` for its approximation."""
+
+    type: Literal["maml"] = "maml"
+    inner_lr: Rate = Field(0.01, description="step size of the inner loop")
+    inner_steps: Positive = Field(1, description="gradient steps of the inner loop in training")
+    evaluation_inner_steps: Positive | None = Field(None, description="the same in evaluation; null: as in training")
+    first_order: bool = Field(False, description="leave out the second derivatives")
+    loss: Loss = "auto"
+
+
+class CustomAlgorithmConfig(CustomConfig):
+    """An Algorithm of your own, named by import_path."""
+
+
+AlgorithmConfig = Annotated[MAMLConfig | CustomAlgorithmConfig | PythonConfig, Field(discriminator="type")]
+
+# --------------------------------------------------------------------------- engine, outer loop
+
+
+class EngineConfig(Section):
+    """How the inner loops of a microbatch are executed; every strategy gives the same gradient."""
+
+    strategy: Literal["auto", "vectorised", "adjoint", "loop"] = Field(
+        "auto",
+        description="vectorised: all tasks of a microbatch at once; adjoint: one by one without a second-order "
+        "graph; loop: plain automatic differentiation, for modules the others cannot take",
+    )
+    precision: Literal["float32", "float64"] = "float32"
+
+
+class OuterConfig(Section):
+    """The meta-update."""
+
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    lr: Rate = 1e-3
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="for sgd")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    schedule: Literal["constant", "cosine"] = Field("constant", description="of lr over steps; cosine ends at zero")
+    warmup_steps: Natural = Field(0, description="steps over which lr rises from zero")
+    clip_norm: Rate | None = Field(None, description="largest global norm of the meta-gradient")
+    steps: Positive = Field(1000, description="meta-updates of the whole run")
+    meta_batch_size: Positive = Field(32, description="tasks of a meta-update, all workers together")
+    tasks_per_microbatch: Positive | Literal["auto"] = Field(
+        "auto", description="tasks computed in one call; auto: an eighth of the meta-batch"
+    )
+
+    @model_validator(mode="after")
+    def _resolve(self) -> OuterConfig:
+        if self.tasks_per_microbatch == "auto":
+            # Never a function of the workers: the microbatch fixes the bits of the sum.
+            object.__setattr__(self, "tasks_per_microbatch", -(-self.meta_batch_size // 8))
+        elif self.tasks_per_microbatch > self.meta_batch_size:
+            raise ValueError(
+                f"tasks_per_microbatch is {self.tasks_per_microbatch}, more than the meta_batch_size of "
+                f"{self.meta_batch_size}; lower it or write auto"
+            )
+        return self
+
+
+# --------------------------------------------------------------------------- where and how it runs
+
+
+class RuntimeConfig(Section):
+    """Where the workers are: `ray` (actors on this machine or a cluster) or `local` (this process)."""
+
+    type: Literal["ray", "local"] = "ray"
+    workers: Positive | Literal["auto"] = Field("auto", description="worker processes; auto: one a GPU, else one a CPU")
+    gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
+        "auto", description="GPUs of each worker, fractions allowed; auto: one where there are any"
+    )
+    threads_per_worker: Positive = Field(1, description="CPU threads of each worker; changes the last bits")
+    address: str | None = Field(None, description="a running cluster (auto, HOST:PORT, ray://...); null: start one here")
+    lease_timeout_s: Rate = Field(300.0, description="silence after which a microbatch is leased a second time")
+    worker_logs: bool = Field(False, description="show what workers print")
+    max_worker_restarts: Natural = Field(20, description="dead workers replaced before the run gives up")
+
+
+class EvaluationConfig(Section):
+    """The honest number: a fixed, seeded set of episodes of classes never trained on."""
+
+    split: str = "test"
+    episodes: Positive = 600
+    query_shots: Positive | None = Field(None, description="query examples a class; null: as in training")
+    every: Natural = Field(0, description="steps between evaluations during training; 0: none")
+    validation_split: str = Field("validation", description="the split of the evaluations during training")
+    validation_episodes: Positive = 200
+
+
+class CheckpointConfig(Section):
+    """When committed versions are written."""
+
+    every: Positive = Field(500, description="steps between checkpoints")
+    keep: Positive = Field(3, description="checkpoints kept, the newest")
+
+
+class WandbConfig(Section):
+    """Weights & Biases."""
+
+    mode: Literal["auto", "online", "offline", "disabled"] = Field(
+        "auto", description="auto: online where an account is set up, else offline"
+    )
+    project: str = "metadist"
+    entity: str | None = None
+    tags: tuple[str, ...] = ()
+
+
+class TrackingConfig(Section):
+    """Who is told of the run's progress, besides metrics.jsonl."""
+
+    console: bool = True
+    wandb: WandbConfig = WandbConfig()
+
+
+class Config(Section):
+    """One experiment."""
+
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$", max_length=100)] = "run"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    tasks: TasksConfig
+    model: ModelConfig
+    algorithm: AlgorithmConfig
+    engine: EngineConfig = EngineConfig()
+    outer: OuterConfig = OuterConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()

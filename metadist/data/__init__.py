@@ -1,0 +1,33 @@
+"""Shard sets: packing, checking, and drawing episodes from them.
+
+:class:`~metadist.data.stream.EpisodeStream` is imported from its own module, since it needs ``webdataset``.
+"""
+
+from metadist.data.manifest import Field, Manifest
+from metadist.data.omniglot import pack_omniglot
+from metadist.data.pack import pack_arrays, pack_classes, pack_folder
+from metadist.data.prefetch import Prefetch
+from metadist.data.samplers import ClassPool, Draws, UniformSampler, WindowSampler
+from metadist.data.shards import ShardSet
+from metadist.data.verify import Report, info, verify
+from metadist.data.writer import ShardWriter, seal
+
+__all__ = [
+    "ClassPool",
+    "Draws",
+    "Field",
+    "Manifest",
+    "Prefetch",
+    "Report",
+    "ShardSet",
+    "ShardWriter",
+    "UniformSampler",
+    "WindowSampler",
+    "info",
+    "pack_arrays",
+    "pack_classes",
+    "pack_folder",
+    "pack_omniglot",
+    "seal",
+    "verify",
+]

@@ -1,0 +1,267 @@
+"""The format ``metadist.shards/1``: class blocks in plain WebDataset tars, an index to seek in, a manifest.
+
+A shard set is a directory::
+
+    shard-00000.tar ...   members c00012-0003.json and c00012-0003.x.npy (or .x.bin), a pair for each block
+    index.npz             where each block lies: one seek reads it
+    metadist.json         written last, the commit mark: what the set is, and the checksums of the above
+
+A *class block* is up to M examples of one class: in ``.x.npy`` a uint8 array ``[n, *shape]``, in ``.x.bin`` n
+concatenated images or UTF-8 texts with their ``offsets`` in the json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import zlib
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from metadist.data import decode
+from metadist.data.manifest import INDEX, Manifest, ShardFile, load_manifest
+from metadist.data.samplers import ClassPool, Ints
+from metadist.errors import DataError
+
+_INDEX_COLUMNS = ("class", "block", "n", "shard", "offset", "size", "crc32", "json_offset", "json_size", "json_crc32")
+_AGAIN = "pack or copy the set again"
+
+
+@dataclass(frozen=True)
+class Index:
+    """Where each of B blocks lies, sorted by (class, block). Columns are int64 ``[B]``.
+
+    ``offset``, ``size`` and ``crc32`` are those of the payload within its tar, ``json_*`` those of its json.
+    """
+
+    columns: Mapping[str, Ints]
+
+    def __len__(self) -> int:
+        return len(self.columns["class"])
+
+    def __getitem__(self, column: str) -> Ints:
+        return self.columns[column]
+
+    @property
+    def rows(self) -> Ints:
+        """First row of each block among all examples, int64 ``[B + 1]``."""
+        return np.concatenate([[0], np.cumsum(self.columns["n"])]).astype(np.int64)
+
+    def key(self, b: int) -> str:
+        """Name of block ``b``'s members in the tar, without extension."""
+        return block_key(int(self["class"][b]), int(self["block"][b]))
+
+
+def block_key(klass: int, block: int) -> str:
+    """``c00012-0003`` for block 3 of class 12."""
+    return f"c{klass:05d}-{block:04d}"
+
+
+def read_index(path: Path, manifest: Manifest) -> Index:
+    """Reads ``index.npz``, checked against the manifest.
+
+    Raises:
+        DataError: if it is missing, altered, or disagrees with the manifest.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        raise DataError(path, f"cannot be read ({e.strerror})", _AGAIN) from None
+    if hashlib.sha256(data).hexdigest() != manifest.index.sha256:
+        raise DataError(path, "altered: its SHA-256 is not the manifest's", _AGAIN)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            columns = {name: file[name].astype(np.int64) for name in _INDEX_COLUMNS}
+    except (ValueError, OSError, KeyError, EOFError) as e:
+        raise DataError(path, f"is not an index ({e})", _AGAIN) from None
+    index = Index(columns)
+    if {len(c) for c in columns.values()} != {manifest.blocks} or int(index["n"].sum()) != manifest.examples:
+        wanted = f"{manifest.blocks} blocks of {manifest.examples} examples"
+        raise DataError(path, f"does not hold the manifest's {wanted}", _AGAIN)
+    covered = np.array_equal(np.unique(index["class"]), np.arange(len(manifest.classes)))
+    if not covered or index["shard"].max(initial=-1) >= len(manifest.shards):
+        raise DataError(path, f"does not cover the manifest's {len(manifest.classes)} classes", _AGAIN)
+    if not np.array_equal(np.lexsort((index["block"], index["class"])), np.arange(len(index))):
+        raise DataError(path, "its blocks are not in order", _AGAIN)
+    return index
+
+
+class ShardSet:
+    """A shard set opened for reading; blocks are read by one seek each and checked as they are read.
+
+    Opening checks the manifest, the index, and that each shard is there and of its size; what a shard holds is
+    checked block by block (:meth:`block`), or all at once by :func:`metadist.data.verify.verify`.
+
+    Args:
+        path: the directory.
+        cache_bytes: decoded blocks kept for the next reader.
+
+    Raises:
+        DataError: if it is missing, not a shard set, of a newer schema, or a file is missing or cut.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], cache_bytes: int = 256 << 20) -> None:
+        self.path, self.cache_bytes = Path(path), cache_bytes
+        self.manifest = load_manifest(self.path)
+        self.index = read_index(self.path / INDEX, self.manifest)
+        for shard in self.manifest.shards:
+            check_size(self.path / shard.name, shard)
+        self.rows = self.index.rows
+        self._reset()
+
+    def _reset(self) -> None:
+        self._files: dict[int, int] = {}
+        self._cache: OrderedDict[int, NDArray[np.uint8]] = OrderedDict()
+        self._cached = 0
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Open files and cached blocks stay behind when a set is sent to another process."""
+        return {k: v for k, v in self.__dict__.items() if k not in ("_files", "_cache", "_cached", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._reset()
+
+    def where(self, b: int) -> str:
+        """File and member of block ``b``, for messages."""
+        shard = self.manifest.shards[int(self.index["shard"][b])].name
+        return f"{self.path / shard}:{self.index.key(b)}.{self.manifest.field.member}"
+
+    def _read(self, b: int, prefix: str) -> bytes:
+        offset, size, crc = (int(self.index[prefix + column][b]) for column in ("offset", "size", "crc32"))
+        shard = int(self.index["shard"][b])
+        path = self.path / self.manifest.shards[shard].name
+        try:
+            with self._lock:
+                if shard not in self._files:
+                    self._files[shard] = os.open(path, os.O_RDONLY)
+                file = self._files[shard]
+            data = os.pread(file, size, offset)
+        except OSError as e:
+            raise DataError(path, f"cannot be read ({e.strerror})", _AGAIN) from None
+        if len(data) != size:
+            raise DataError(self.where(b), f"is cut: {len(data)} bytes of {size} at byte {offset}", _AGAIN)
+        if zlib.crc32(data) != crc:
+            raise DataError(self.where(b), "altered: its crc32 is not the index's", _AGAIN)
+        return data
+
+    def raw(self, b: int) -> tuple[bytes, bytes]:
+        """The json and the payload of block ``b``, read by one seek each and checked by crc32.
+
+        Raises:
+            DataError: if either is cut or altered.
+        """
+        return self._read(b, "json_"), self._read(b, "")
+
+    def parts(self, b: int) -> list[bytes]:
+        """The examples of a ``.x.bin`` block as bytes."""
+        head, data = self.raw(b)
+        offsets = decode.json_object(head, self.where(b)).get("offsets")
+        return decode.cut(data, offsets, int(self.index["n"][b]), self.where(b))
+
+    def decode(self, b: int, head: bytes | None, payload: bytes) -> NDArray[np.uint8]:
+        """The examples of an image block, uint8 ``[n, *shape]``, from its checked bytes.
+
+        Raises:
+            DataError: if they are not what the manifest says.
+        """
+        where, kept, n = self.where(b), self.manifest.field, int(self.index["n"][b])
+        if kept.encoding == "utf-8":
+            raise DataError(where, "holds text, not images", "read it with parts()")
+        if kept.encoding != "array":
+            offsets = decode.json_object(head or b"", where).get("offsets")
+            return decode.examples(kept.encoding, decode.cut(payload, offsets, n, where), kept.shape, where)
+        array = decode.npy(payload, where)
+        if array.dtype != np.uint8 or array.shape != (n, *kept.shape):
+            wanted = f"uint8 {[n, *kept.shape]}"
+            raise DataError(where, f"holds {array.dtype} {list(array.shape)}, but the index says {wanted}", _AGAIN)
+        return array
+
+    def read(self, b: int) -> NDArray[np.uint8]:
+        """Block ``b`` from the disk, checked and decoded, uint8 ``[n, *shape]``."""
+        needs_json = self.manifest.field.encoding != "array"
+        return self.decode(b, self._read(b, "json_") if needs_json else None, self._read(b, ""))
+
+    def block(self, b: int) -> NDArray[np.uint8]:
+        """As :meth:`read`, but kept for the next to ask; do not alter it."""
+        with self._lock:
+            if b in self._cache:
+                self._cache.move_to_end(b)
+                return self._cache[b]
+        array = self.read(b)
+        with self._lock:
+            if b not in self._cache:
+                self._cache[b] = array
+                self._cached += array.nbytes
+            while self._cached > self.cache_bytes and len(self._cache) > 1:
+                self._cached -= self._cache.popitem(last=False)[1].nbytes
+        return array
+
+    def gather(self, rows: Ints) -> NDArray[np.uint8]:
+        """Examples by their rows, uint8 ``[R, *shape]``; each block is read once."""
+        blocks = np.searchsorted(self.rows, rows, side="right") - 1
+        out = np.empty((len(rows), *self.manifest.field.shape), dtype=np.uint8)
+        order = np.argsort(blocks, kind="stable")
+        edges = np.flatnonzero(np.diff(blocks[order], prepend=-1, append=len(self.index)))
+        for a, z in zip(edges[:-1], edges[1:], strict=True):
+            b = int(blocks[order[a]])
+            out[order[a:z]] = self.block(b)[rows[order[a:z]] - self.rows[b]]
+        return out
+
+    def classes_of(self, split: str) -> Ints:
+        """Numbers of a split's classes, int64, ascending; ``"train+validation"`` joins two.
+
+        Raises:
+            DataError: if the set lacks the split.
+        """
+        names = split.split("+")
+        for name in names:
+            if name not in self.manifest.splits:
+                has = ", ".join(sorted(self.manifest.splits)) or "none"
+                raise DataError(self.path, f"has no split {name!r}", f"it has {has}")
+        return np.array(sorted({c for name in names for c in self.manifest.splits[name]}), dtype=np.int64)
+
+    def pool(self, split: str, turned: bool = False) -> ClassPool:
+        """The classes of a split for a sampler; if ``turned``, each quarter turn of a class is one of its own."""
+        base = self.classes_of(split)
+        turns = np.arange(4 if turned else 1, dtype=np.int64)
+        first = np.searchsorted(self.index["class"], base)
+        blocks = np.searchsorted(self.index["class"], base, side="right") - first
+        names = [self.manifest.classes[c] for c in base]
+        quarter = len(turns)
+        return ClassPool(
+            names=[n for n in names for _ in turns],
+            turns=np.tile(turns, len(base)),
+            first_block=np.repeat(first, quarter),
+            blocks=np.repeat(blocks, quarter),
+            block_rows=self.rows,
+        )
+
+    def close(self) -> None:
+        """Closes the files; the next read opens them again."""
+        with self._lock:
+            for file in self._files.values():
+                os.close(file)
+            self._files.clear()
+            self._cache.clear()
+            self._cached = 0
+
+
+def check_size(path: Path, shard: ShardFile) -> None:
+    """Raises DataError if the file is missing or not of the size the manifest gives."""
+    try:
+        size = path.stat().st_size
+    except OSError:
+        raise DataError(path, "is missing, but the manifest names it", _AGAIN) from None
+    if size < shard.bytes:
+        raise DataError(path, f"is cut: {size} bytes of {shard.bytes}", _AGAIN)
+    if size > shard.bytes:
+        raise DataError(path, f"has {size} bytes, but the manifest says {shard.bytes}", _AGAIN)

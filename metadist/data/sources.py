@@ -1,0 +1,123 @@
+"""Images as their owners keep them: folders, or zips read without unpacking."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from metadist.errors import DataError
+
+Progress = Callable[[int, int], None]
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+MAX_FILE_BYTES = 1 << 28
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file of a folder or a zip: its path within, a name for messages, and how to read it."""
+
+    path: PurePosixPath
+    where: str
+    read: Callable[[], bytes]
+
+
+def _hidden(path: PurePosixPath) -> bool:
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
+
+
+def folder_files(root: Path) -> list[SourceFile]:
+    """Every file below ``root`` that is not hidden, by path; paths are relative to ``root``.
+
+    Raises:
+        DataError: if ``root`` is not a directory.
+    """
+    if not root.is_dir():
+        raise DataError(root, "no such directory", "give the directory that holds the images")
+    files = []
+    for folder, _, names in os.walk(root):
+        for name in names:
+            full = Path(folder, name)
+            relative = PurePosixPath(full.relative_to(root).as_posix())
+            if not _hidden(relative):
+                files.append(SourceFile(relative, str(full), full.read_bytes))
+    return sorted(files, key=lambda f: f.path.parts)
+
+
+@contextmanager
+def zip_files(path: Path) -> Iterator[list[SourceFile]]:
+    """Every file of a zip that is not hidden, by path; they can be read within the ``with`` block.
+
+    Raises:
+        DataError: if it is not a zip, or holds a name twice.
+    """
+    try:
+        archive = zipfile.ZipFile(path)
+    except (OSError, zipfile.BadZipFile) as e:
+        raise DataError(path, f"cannot be read as a zip ({e})", "download it again") from None
+    with archive:
+        files, seen = [], set()
+        for entry in archive.infolist():
+            name = PurePosixPath(entry.filename)
+            if entry.is_dir() or _hidden(name):
+                continue
+            if name in seen:
+                raise DataError(f"{path}:{name}", "is in the zip twice", "keep one of the two")
+            seen.add(name)
+            files.append(SourceFile(name, f"{path}:{name}", _zip_reader(archive, entry, path)))
+        yield sorted(files, key=lambda f: f.path.parts)
+
+
+def _zip_reader(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path) -> Callable[[], bytes]:
+    def read() -> bytes:
+        if entry.file_size > MAX_FILE_BYTES:
+            raise DataError(f"{path}:{entry.filename}", f"{entry.file_size} bytes, more than {MAX_FILE_BYTES}")
+        try:
+            return archive.read(entry)
+        except Exception as e:  # zlib.error, BadZipFile, NotImplementedError, RuntimeError (encrypted), OSError
+            raise DataError(f"{path}:{entry.filename}", f"cannot be read ({e})", "download the zip again") from None
+
+    return read
+
+
+@contextmanager
+def downloaded(urls: Sequence[str], progress: Progress | None = None) -> Iterator[Path]:
+    """A temporary directory with the files of ``urls``, gone after the ``with`` block.
+
+    Args:
+        urls: https addresses; a file is kept under the last part of its address.
+        progress: called with (bytes so far, bytes in all or 0) for each file.
+
+    Raises:
+        DataError: if one cannot be fetched, e.g. without a network.
+    """
+    with tempfile.TemporaryDirectory(prefix="metadist-") as folder:
+        for url in urls:
+            if not url.startswith("https://"):
+                raise DataError(url, "only https addresses are downloaded")
+            try:
+                _fetch(url, Path(folder, url.rsplit("/", 1)[-1]), progress)
+            except (OSError, urllib.error.URLError, ValueError) as e:
+                reason = getattr(e, "reason", None) or e
+                mend = "check the network, or download it yourself and give its directory with --source"
+                raise DataError(url, f"cannot be downloaded ({reason})", mend) from None
+        yield Path(folder)
+
+
+def _fetch(url: str, to: Path, progress: Progress | None) -> None:
+    with urllib.request.urlopen(url, timeout=60) as answer, to.open("wb") as file:
+        total = int(answer.headers.get("Content-Length") or 0)
+        if progress is None:
+            shutil.copyfileobj(answer, file)
+        while progress is not None and (chunk := answer.read(1 << 18)):
+            file.write(chunk)
+            progress(file.tell(), total)
+        if total and file.tell() != total:
+            raise OSError(f"the connection ended after {file.tell()} bytes of {total}")

@@ -1,0 +1,202 @@
+"""From a config, or from Python objects, to the parts that run: task sources, model, learner."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from metadist.algorithms import BUILT_IN, Algorithm, resolve_objective
+from metadist.config.schema import Config
+from metadist.episode import Episode
+from metadist.errors import ConfigError
+from metadist.inner import Engine, FunctionalModel, choose_strategy
+from metadist.models import MLP, Conv4
+from metadist.seeding import Rng
+from metadist.tasks.base import TaskSource
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A config together with the Python objects that stand in for sections of it.
+
+    Args:
+        config: the resolved config.
+        tasks: a source in place of the ``tasks`` section.
+        model: a function that makes the module, in place of the ``model`` section.
+        algorithm: a learner in place of the ``algorithm`` section.
+
+    It travels to the workers, so the objects must be picklable by value or by name.
+    """
+
+    config: Config
+    tasks: TaskSource | None = None
+    model: Callable[[], nn.Module] | None = None
+    algorithm: Algorithm | None = None
+    _sources: dict[Any, TaskSource] = field(default_factory=dict, compare=False, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Open sources stay where they are: each process opens its own.
+        return {**self.__dict__, "_sources": {}}
+
+    def source(self, split: str, query_shots: int | None = None) -> TaskSource:
+        """The task source of one split; opened once.
+
+        Args:
+            split: its name.
+            query_shots: query examples a class in place of the config's.
+        """
+        key = (split, query_shots)
+        if key not in self._sources:
+            self._sources[key] = self._open_source(split, query_shots)
+        return self._sources[key]
+
+    def example(self) -> Episode:
+        """One training episode, for the shapes of inputs and targets."""
+        return self.source(self.train_split).episodes(self.config.seed, "example", [0])[0]
+
+    @property
+    def train_split(self) -> str:
+        return getattr(self.config.tasks, "train_split", "train")
+
+    def learner(self, device: torch.device | str = "cpu") -> Algorithm:
+        """The algorithm with model, objective and engine, ready to compute.
+
+        The model's initial parameters are a function of the seed alone.
+        """
+        example = self.example()
+        dtype = DTYPES[self.config.engine.precision]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(Rng(self.config.seed, "initialisation").torch_seed())
+            module = self._make_module(example)
+        model = FunctionalModel(module, device, dtype)
+        algorithm = self._make_algorithm()
+        strategy = self.config.engine.strategy
+        engine = Engine("vectorised" if strategy == "auto" else strategy)
+        learner = algorithm.bind(model, resolve_objective(algorithm.loss, example.query.y), engine)
+        return learner
+
+    def resolved(self) -> tuple[Experiment, str]:
+        """The same experiment with ``engine.strategy`` decided, and the reason if it is not the fastest."""
+        if self.config.engine.strategy != "auto":
+            return self, ""
+        learner = self.learner()
+        batch = self.source(self.train_split).episodes(self.config.seed, "example", [0, 1])
+        batch = batch.to("cpu", DTYPES[self.config.engine.precision])
+        params = learner.initial_meta_params()
+
+        def probe(engine: Engine) -> None:
+            learner.bind(learner.model, learner.objective, engine).meta_gradient(params, batch)
+
+        strategy, reason = choose_strategy(learner.model, probe)
+        engine = self.config.engine.model_copy(update={"strategy": strategy})
+        return replace(self, config=self.config.model_copy(update={"engine": engine}), _sources=self._sources), reason
+
+    def close(self) -> None:
+        """Closes every source that was opened."""
+        for source in self._sources.values():
+            source.close()
+        self._sources.clear()
+
+    # ----------------------------------------------------------------- sections
+
+    def _open_source(self, split: str, query_shots: int | None) -> TaskSource:
+        if self.tasks is not None:
+            return self.tasks.split(split)
+        section = self.config.tasks
+        if section.type == "custom":
+            return construct("tasks", section.import_path, section.args, TaskSource).split(split)
+        if section.type == "python":
+            raise _python_only("tasks", section.name)
+        options = section.model_dump(exclude={"type", "train_split"})
+        if query_shots is not None:
+            options["query_shots"] = query_shots
+        return _task_source(section.type)(**options, split=split)
+
+    def _make_module(self, example: Episode) -> nn.Module:
+        if self.model is not None:
+            return _checked("model", self.model(), nn.Module)
+        section = self.config.model
+        if section.type == "custom":
+            return construct("model", section.import_path, section.args, nn.Module)
+        if section.type == "python":
+            raise _python_only("model", section.name)
+        x, y = example.support
+        outputs = y.shape[-1] if y.is_floating_point() else int(torch.cat([y, example.query.y]).max()) + 1
+        if section.type == "mlp":
+            return MLP(x[0].numel(), outputs, section.hidden)
+        if x.dim() != 4:
+            raise ConfigError(
+                "model.type", f"conv4 takes pictures, but the inputs of tasks.type {self.config.tasks.type} have "
+                f"shape {list(x.shape[1:])}", "use mlp"
+            )
+        return Conv4(x.shape[1], outputs, section.filters, section.downsample, tuple(x.shape[-2:]))  # type: ignore[arg-type]
+
+    def _make_algorithm(self) -> Algorithm:
+        if self.algorithm is not None:
+            return self.algorithm
+        section = self.config.algorithm
+        if section.type == "custom":
+            return construct("algorithm", section.import_path, section.args, Algorithm)
+        if section.type == "python":
+            raise _python_only("algorithm", section.name)
+        options = section.model_dump(exclude={"type"})
+        if ":" in options.get("loss", ""):
+            options["loss"] = import_object("algorithm.loss", options["loss"])
+        return BUILT_IN[section.type](**options)
+
+
+def _task_source(kind: str) -> Callable[..., TaskSource]:
+    if kind == "glyphs":
+        from metadist.tasks.glyphs import GlyphTasks
+
+        return GlyphTasks
+    if kind == "sinusoid":
+        from metadist.tasks.sinusoid import SinusoidTasks
+
+        return SinusoidTasks
+    from metadist.tasks.shards import ShardTasks
+
+    return ShardTasks
+
+
+def import_object(field_name: str, path: str) -> Any:
+    """What ``package.module:Name`` names."""
+    module_name, _, name = path.partition(":")
+    try:
+        target: Any = importlib.import_module(module_name)
+        for part in name.split("."):
+            target = getattr(target, part)
+    except Exception as e:
+        raise ConfigError(
+            field_name, f"{path} cannot be imported ({type(e).__name__}: {e})",
+            "check its spelling, and that its folder is on PYTHONPATH",
+        ) from e
+    return target
+
+
+def construct(section: str, path: str, args: dict[str, Any], wanted: type) -> Any:
+    """Calls what ``path`` names with ``args`` and checks what comes back."""
+    target = import_object(f"{section}.import_path", path)
+    try:
+        made = target(**args)
+    except Exception as e:
+        raise ConfigError(f"{section}.args", f"{path} refused them ({type(e).__name__}: {e})") from e
+    return _checked(f"{section}.import_path", made, wanted)
+
+
+def _checked(where: str, made: Any, wanted: type) -> Any:
+    if not isinstance(made, wanted):
+        raise ConfigError(where, f"made a {type(made).__name__}, wanted a {wanted.__name__}")
+    return made
+
+
+def _python_only(section: str, name: str) -> ConfigError:
+    return ConfigError(section, f"is {name}, which was passed from Python and has no import path",
+                       f"pass it again, for example metadist.load(RUN_DIR, {section}=...)")

@@ -1,0 +1,127 @@
+"""Meta-gradients of a microbatch of tasks by one of three strategies with one answer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+from torch.utils import _pytree as pytree
+
+from metadist.episode import EpisodeBatch, Examples
+from metadist.inner import adjoint
+from metadist.inner.adjoint import InnerProblem
+from metadist.inner.functional import FunctionalModel, Tensors
+from metadist.inner.gradients import recorded
+
+Strategy = Literal["vectorised", "adjoint", "loop"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TaskGradients:
+    """Gradients summed over the tasks of a microbatch, and each task's extra outputs (stacked, ``[T, ...]``)."""
+
+    shared: Tensors
+    fast: Tensors
+    extra: Any
+
+
+class Engine:
+    """Runs an algorithm's inner problem over the tasks of a microbatch.
+
+    Args:
+        strategy: ``vectorised`` computes all tasks in one call (vmap of the adjoint form); ``adjoint``
+            one by one; ``loop`` one by one by plain autograd, for modules that ``torch.func`` cannot take.
+    """
+
+    def __init__(self, strategy: Strategy = "vectorised") -> None:
+        if strategy not in ("vectorised", "adjoint", "loop"):
+            raise ValueError(f"strategy must be vectorised, adjoint or loop, not {strategy!r}")
+        self.strategy = strategy
+
+    def meta_gradient(
+        self, problem: InnerProblem, shared: Tensors, fast: Tensors, batch: EpisodeBatch
+    ) -> TaskGradients:
+        """The sum over the batch's tasks of the gradient of each task's objective.
+
+        Args:
+            problem: the algorithm's step and objective.
+            shared: meta-parameters that are not adapted.
+            fast: the initialisation of those that are.
+            batch: T episodes; ``x [T, examples, ...]``.
+        """
+
+        def one(support: Examples, query: Examples) -> tuple[Tensors, Tensors, Any]:
+            if self.strategy == "loop":
+                with recorded():
+                    return adjoint.loop_meta_gradient(problem, shared, fast, support, query)
+            return adjoint.meta_gradient(problem, shared, fast, support, query)
+
+        if self.strategy == "vectorised":
+            g_shared, g_fast, extra = vmap(one)(batch.support, batch.query)
+            return TaskGradients(_sum_tasks(g_shared), _sum_tasks(g_fast), _detached(extra))
+        total: tuple[Tensors, Tensors] | None = None
+        extras = []
+        for episode in batch:
+            *grads, extra = one(episode.support, episode.query)
+            extras.append(_detached(extra))
+            total = (grads[0], grads[1]) if total is None else (_add(total[0], grads[0]), _add(total[1], grads[1]))
+        assert total is not None, "a batch has at least one task"
+        return TaskGradients(total[0], total[1], _stack(extras))
+
+    def map_tasks(self, fn: Callable[[Examples, Examples], Any], batch: EpisodeBatch) -> Any:
+        """``fn(support, query)`` of each task, its outputs stacked with a leading task dimension."""
+        if self.strategy == "vectorised":
+            return _detached(vmap(fn)(batch.support, batch.query))
+        results = []
+        for episode in batch:
+            if self.strategy == "loop":
+                with recorded():
+                    results.append(_detached(fn(episode.support, episode.query)))
+            else:
+                results.append(_detached(fn(episode.support, episode.query)))
+        return _stack(results)
+
+
+def choose_strategy(model: FunctionalModel, probe: Callable[[Engine], Any]) -> tuple[Strategy, str]:
+    """The fastest strategy the model admits, and why it is not ``vectorised`` if it is not.
+
+    A rule over the model alone, never a timing: two runs of one config must have the same bits.
+
+    Args:
+        model: the model.
+        probe: runs one microbatch with the engine it is given; raises if the engine cannot.
+    """
+    if model.random:
+        return "loop", "the model draws random numbers (dropout), which every pass over a task must repeat"
+    reason = ""
+    for strategy in ("vectorised", "adjoint"):
+        try:
+            probe(Engine(strategy))
+            return strategy, reason
+        except (RuntimeError, NotImplementedError, TypeError) as e:
+            reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+            log.debug("strategy %s is out: %s", strategy, reason)
+    return "loop", reason
+
+
+def _sum_tasks(tensors: Tensors) -> Tensors:
+    return {k: v.sum(0) for k, v in tensors.items()}
+
+
+def _add(a: Tensors, b: Tensors) -> Tensors:
+    return {k: a[k] + b[k] for k in a}
+
+
+def _detached(tree: Any) -> Any:
+    return pytree.tree_map_only(Tensor, Tensor.detach, tree)
+
+
+def _stack(trees: list[Any]) -> Any:
+    return pytree.tree_map(lambda *leaves: torch.stack(leaves), *trees)

@@ -1,0 +1,174 @@
+"""Meta-gradients as flat vectors, and a sum of them whose bits do not depend on the order of arrival."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each named tensor lies in one contiguous vector.
+
+    Args:
+        names, shapes, dtypes: of the tensors, in the vector's order.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Layout:
+        """The layout of ``tensors``, all of them floating point."""
+        for name, t in tensors.items():
+            if not t.is_floating_point():
+                raise ValueError(f"meta-parameter {name!r} is {t.dtype}; only floating-point tensors can be learned")
+        return cls(tuple(tensors), tuple(tuple(t.shape) for t in tensors.values()), tuple(t.dtype for t in tensors.values()))
+
+    @property
+    def sizes(self) -> list[int]:
+        return [math.prod(s) for s in self.shapes]
+
+    @property
+    def numel(self) -> int:
+        """Numbers in the vector."""
+        return sum(self.sizes)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the vector: the widest of the tensors', and float32 at least."""
+        wide = torch.float32
+        for d in self.dtypes:
+            wide = torch.promote_types(wide, d)
+        return wide
+
+    def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """One vector ``[numel]`` on the CPU, in :attr:`dtype`; a copy."""
+        flat = torch.empty(self.numel, dtype=self.dtype)
+        start = 0
+        for name, size in zip(self.names, self.sizes, strict=True):
+            flat[start : start + size].copy_(tensors[name].detach().reshape(-1))
+            start += size
+        return flat
+
+    def unflatten(self, flat: Tensor) -> dict[str, Tensor]:
+        """The named tensors of a vector: views where the dtype allows."""
+        if flat.shape != (self.numel,):
+            raise ValueError(f"the vector holds {tuple(flat.shape)} numbers, this layout has {self.numel}")
+        parts = zip(self.names, self.shapes, self.dtypes, torch.split(flat, self.sizes), strict=True)
+        return {name: part.view(shape).to(dtype) for name, shape, dtype, part in parts}
+
+
+class Block(NamedTuple):
+    """A node of the summation tree: microbatches ``[index * 2**level, (index + 1) * 2**level)``."""
+
+    level: int
+    index: int
+
+
+class TreeSum:
+    """The sum of ``count`` vectors by a fixed binary tree over their numbers.
+
+    Whoever holds all of a node may hand in its partial sum; every addition that is made is
+    ``left + right`` of one tree node, so the bits of the total do not depend on who summed what or when.
+    Handing a node in twice is harmless.
+
+    Args:
+        count: how many vectors there are, at least 1.
+    """
+
+    def __init__(self, count: int) -> None:
+        if count < 1:
+            raise ValueError(f"a sum needs at least one vector, not {count}")
+        self.count = count
+        self._held: dict[Block, np.ndarray] = {}
+        self._seen: set[Block] = set()
+
+    def add(self, block: Block, value: np.ndarray) -> bool:
+        """Takes one node's partial sum, not modified; False if its microbatches are here already."""
+        block = Block(*block)
+        first, last = self._span(block)
+        if first >= last:
+            raise ValueError(f"{block} lies beyond the {self.count} microbatches of this sum")
+        covered = [b for b in self._held if self._overlap(b, block)]
+        if any(self._contains(b, block) for b in covered):
+            return False
+        for b in covered:
+            # A larger block has come than the parts of it held so far: take it whole.
+            del self._held[b]
+        self._held[block] = value
+        self._merge(block)
+        return True
+
+    def missing(self) -> list[int]:
+        """Numbers of the microbatches not handed in yet."""
+        there = {m for b in self._held for m in range(*self._span(b))}
+        return [m for m in range(self.count) if m not in there]
+
+    def total(self) -> np.ndarray:
+        """The sum; ValueError while microbatches are missing."""
+        if gap := self.missing():
+            raise ValueError(f"the sum still lacks microbatches {gap}")
+        (value,) = self._held.values()
+        return value
+
+    def held(self) -> dict[Block, np.ndarray]:
+        """The partial sums there are, merged as far as they go."""
+        return dict(self._held)
+
+    def _merge(self, block: Block) -> None:
+        while (1 << block.level) < self.count:
+            parent = Block(block.level + 1, block.index >> 1)
+            left, right = Block(block.level, parent.index << 1), Block(block.level, (parent.index << 1) + 1)
+            if self._span(right)[0] >= self.count:
+                # An only child: the tree's right edge where the count is no power of two.
+                self._held[parent] = self._held.pop(left)
+            elif left in self._held and right in self._held:
+                a, b = self._held.pop(left), self._held.pop(right)
+                self._held[parent] = a + b
+            else:
+                return
+            block = parent
+
+    def _span(self, block: Block) -> tuple[int, int]:
+        return block.index << block.level, min((block.index + 1) << block.level, self.count)
+
+    def _overlap(self, a: Block, b: Block) -> bool:
+        (s, e), (t, f) = self._span(a), self._span(b)
+        return s < f and t < e
+
+    def _contains(self, outer: Block, inner: Block) -> bool:
+        (s, e), (t, f) = self._span(outer), self._span(inner)
+        return s <= t and f <= e
+
+
+def partial_sums(start: int, values: Iterable[np.ndarray], count: int) -> dict[Block, np.ndarray]:
+    """Consecutive microbatches from ``start`` summed as far as the tree allows.
+
+    Args:
+        start: number of the first.
+        values: one vector a microbatch.
+        count: microbatches of the whole meta-batch.
+    """
+    tree = TreeSum(count)
+    for m, value in enumerate(values, start):
+        tree.add(Block(0, m), value)
+    return tree.held()
+
+
+def sha256_of(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        t = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}\0{str(t.dtype).removeprefix('torch.')}\0{','.join(map(str, t.shape))}\0".encode())
+        digest.update(t.reshape(-1).view(torch.uint8).numpy().tobytes() if t.numel() else b"")
+    return digest.hexdigest()

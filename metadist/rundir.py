@@ -1,0 +1,119 @@
+"""The run directory: what a run leaves behind, and what it is resumed from."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from metadist.config import Config, to_yaml, validate
+from metadist.config.load import read_yaml, resolve_overrides
+from metadist.errors import RunDirError
+from metadist.files import write_atomically
+
+
+class RunDirectory:
+    """Paths and small files of one run.
+
+    Args:
+        path: ``RUN_DIR``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.config_file = path / "config.yaml"
+        self.summary_file = path / "summary.json"
+
+    @classmethod
+    def create(cls, path: Path | None, name: str) -> RunDirectory:
+        """Makes a new run directory, ``runs/NAME-TIME`` if none is named.
+
+        Raises:
+            RunDirError: it exists already, or cannot be made.
+        """
+        if path is None:
+            stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+            path = Path("runs") / f"{name}-{stamp}"
+            n = 2
+            while path.exists():
+                path = Path("runs") / f"{name}-{stamp}-{n}"
+                n += 1
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise RunDirError(path, "exists already", f"continue it with `metadist resume {path}`, or name another --run-dir")
+        run = cls(path)
+        try:
+            run.checkpoints.mkdir(parents=True)
+        except OSError as e:
+            raise RunDirError(path, f"cannot be made ({e})", "name another --run-dir") from e
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> RunDirectory:
+        """An existing run directory.
+
+        Raises:
+            RunDirError: it is missing or holds no run.
+        """
+        if not path.is_dir():
+            raise RunDirError(path, "there is no such run directory", _known_runs())
+        run = cls(path)
+        if not run.config_file.is_file():
+            raise RunDirError(path, "is not a run directory: it holds no config.yaml", _known_runs())
+        return run
+
+    def discard(self) -> None:
+        """Removes what :meth:`create` made, as long as nothing was written to it."""
+        for directory in (self.checkpoints, self.path):
+            try:
+                directory.rmdir()
+            except OSError:
+                return
+
+    def save_config(self, config: Config) -> None:
+        """Keeps the resolved config."""
+        header = "# The resolved config of this run: every default spelled out.\n"
+        write_atomically(self.config_file, header + to_yaml(config))
+
+    def load_config(self, overrides: tuple[str, ...] = ()) -> Config:
+        """The run's config, with words ``key=value`` on top."""
+        data = resolve_overrides(read_yaml(self.config_file), overrides)
+        return validate(data, where=str(self.config_file))
+
+    def save_summary(self, summary: dict[str, Any]) -> None:
+        """Writes ``summary.json``."""
+        write_atomically(self.summary_file, json.dumps(summary, indent=2, allow_nan=False) + "\n")
+
+    def load_summary(self) -> dict[str, Any]:
+        """The last summary, or nothing."""
+        try:
+            return dict(json.loads(self.summary_file.read_text()))
+        except (OSError, ValueError):
+            return {}
+
+    def claim(self) -> None:
+        """Marks the run as being written by this process.
+
+        Raises:
+            RunDirError: a living process on this machine writes it already.
+        """
+        lock = self.path / ".writer"
+        try:
+            pid = int(lock.read_text())
+            os.kill(pid, 0)
+            if pid != os.getpid():
+                raise RunDirError(self.path, f"process {pid} is writing this run", "wait for it, or stop it first")
+        except (OSError, ValueError):
+            pass
+        write_atomically(lock, str(os.getpid()))
+
+    def release(self) -> None:
+        """Takes the mark of :meth:`claim` away."""
+        (self.path / ".writer").unlink(missing_ok=True)
+
+
+def _known_runs() -> str:
+    known = sorted(p.parent for p in Path("runs").glob("*/config.yaml"))
+    return "there are " + ", ".join(map(str, known[-5:])) if known else "start one with `metadist train CONFIG`"

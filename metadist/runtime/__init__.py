@@ -1,0 +1,1 @@
+"""Where the parts live and who decides: a pure ledger of leases, a controller, and two backends."""

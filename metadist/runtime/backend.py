@@ -1,0 +1,75 @@
+"""What the controller asks of the place where workers and server live."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from metadist.worker import Lease, Report
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A lease is answered; its gradients are on their way to the server."""
+
+    worker: int
+    report: Report
+
+
+@dataclass(frozen=True)
+class Died:
+    """A worker is gone; a replacement may be on its way."""
+
+    worker: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A worker is ready for leases."""
+
+    worker: int
+
+
+Event = Computed | Died | Joined
+
+
+class Backend(Protocol):
+    """Workers and a parameter server, in this process or over Ray.
+
+    Calls come from one thread. Workers are known by numbers that are never used twice.
+    """
+
+    def start(self, snapshot: dict[str, Any]) -> None:
+        """Brings up the server at a snapshot, and the workers; returns when one of them is ready."""
+
+    def idle(self) -> list[int]:
+        """Workers that are ready and compute nothing, in order of their numbers."""
+
+    def workers(self) -> list[int]:
+        """Workers that are ready, busy or not."""
+
+    def lease(self, worker: int, lease: Lease) -> None:
+        """Starts computing a lease with the weights of the server's present version."""
+
+    def wait(self, timeout: float) -> list[Event]:
+        """What has happened since the last call; waits up to ``timeout`` seconds for something.
+
+        Raises:
+            MetadistError: a worker's own error, or too many deaths.
+        """
+
+    def commit(self, version: int, tasks: int) -> dict[str, float]:
+        """Makes the next version of the gradients that have come; returns the update's statistics."""
+
+    def snapshot(self) -> dict[str, Any]:
+        """The server's state (see :meth:`metadist.server.ParameterServer.snapshot`)."""
+
+    def restarts(self) -> dict[str, int]:
+        """How many of each kind of process were replaced."""
+
+    def describe(self) -> dict[str, Any]:
+        """What the run keeps of the place: device, threads, versions."""
+
+    def close(self) -> None:
+        """Lets everything go."""

@@ -1,0 +1,78 @@
+"""Everything in this process: one worker, no Ray."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from metadist.experiment import Experiment
+from metadist.outer.gradient import Block
+from metadist.runtime.backend import Computed, Event
+from metadist.server import ParameterServer
+from metadist.worker import Lease, MetaWorker
+
+
+class LocalBackend:
+    """One worker and the server, called in turn.
+
+    Args:
+        experiment: what is run, with ``engine.strategy`` decided.
+    """
+
+    def __init__(self, experiment: Experiment) -> None:
+        self._experiment = experiment
+        gpus = experiment.config.runtime.gpus_per_worker
+        wanted = torch.cuda.is_available() if gpus == "auto" else gpus > 0
+        self._device = "cuda" if wanted else "cpu"
+        self._pending: list[Lease] = []
+        self._threads = torch.get_num_threads()
+
+    def start(self, snapshot: dict[str, Any]) -> None:
+        config = self._experiment.config
+        self._worker = MetaWorker(self._experiment, self._device)
+        self._server = ParameterServer(snapshot["weights"], config.outer.model_dump(), snapshot["version"])
+        if snapshot.get("outer_state"):
+            self._server.restore(snapshot)
+        self._weights = self._server.weights()
+
+    def idle(self) -> list[int]:
+        return [] if self._pending else [0]
+
+    def workers(self) -> list[int]:
+        return [0]
+
+    def lease(self, worker: int, lease: Lease) -> None:
+        self._pending.append(lease)
+
+    def wait(self, timeout: float) -> list[Event]:
+        events: list[Event] = []
+        for lease in self._pending:
+            report, blocks = self._worker.compute(lease, self._weights)
+            self._deliver(lease, blocks)
+            events.append(Computed(0, report))
+        self._pending = []
+        return events
+
+    def commit(self, version: int, tasks: int) -> dict[str, float]:
+        self._weights, stats = self._server.commit(version, tasks)
+        return stats
+
+    def snapshot(self) -> dict[str, Any]:
+        return self._server.snapshot()
+
+    def restarts(self) -> dict[str, int]:
+        return {"worker": 0, "server": 0}
+
+    def describe(self) -> dict[str, Any]:
+        return {"type": "local", "workers": 1, "device": self._device}
+
+    def close(self) -> None:
+        if hasattr(self, "_worker"):
+            self._worker.close()
+        torch.set_num_threads(self._threads)
+
+    def _deliver(self, lease: Lease, blocks: dict[Block, np.ndarray]) -> None:
+        if blocks:
+            self._server.add(lease.round.version, lease.round.microbatches, blocks)

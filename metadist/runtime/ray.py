@@ -1,0 +1,329 @@
+"""Workers and parameter server as Ray actors. The only file that says ``@ray.remote``.
+
+The driver owns leases and membership and waits on references; weights and gradients go between workers
+and server through the object store without passing through it. Workers are replaced, never restarted,
+so that nothing runs twice behind the controller's back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray import ObjectRef
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from metadist.config.schema import RuntimeConfig
+from metadist.errors import ClusterError, MetadistError
+from metadist.experiment import Experiment
+from metadist.outer.gradient import Block
+from metadist.runtime.backend import Computed, Died, Event, Joined
+from metadist.server import ParameterServer
+from metadist.worker import Lease, MetaWorker, Report
+
+_START_TIMEOUT_S = 300.0
+_CONNECT_TIMEOUT_S = 20.0
+
+# glibc hands large temporaries back to the system at once and pays for them again at each step.
+_ALLOCATOR = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000:glibc.malloc.top_pad=67108864"
+
+
+@ray.remote
+class _Worker:
+    def __init__(self, experiment: Experiment, device: str) -> None:
+        self._experiment, self._device = experiment, device
+
+    def ready(self) -> dict[str, Any]:
+        # Not in the constructor, whose errors reach the driver as text alone.
+        self._worker = MetaWorker(self._experiment, self._device)
+        return {"pid": os.getpid(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+
+    def compute(self, lease: Lease, weights: np.ndarray) -> tuple[Report, dict[Block, np.ndarray]]:
+        return self._worker.compute(lease, weights)
+
+
+@ray.remote
+class _Server:
+    def __init__(self, snapshot: dict[str, Any], options: dict[str, Any], threads: int) -> None:
+        self._server = ParameterServer(snapshot["weights"], options, snapshot["version"], threads)
+        if snapshot.get("outer_state"):
+            self._server.restore(snapshot)
+
+    def weights(self) -> np.ndarray:
+        return self._server.weights()
+
+    def add(self, version: int, count: int, blocks: dict[Block, np.ndarray]) -> int:
+        return self._server.add(version, count, blocks)
+
+    def commit(self, version: int, tasks: int) -> tuple[np.ndarray, dict[str, float]]:
+        return self._server.commit(version, tasks)
+
+    def snapshot(self) -> dict[str, Any]:
+        return self._server.snapshot()
+
+
+@dataclass
+class _Handle:
+    actor: ActorHandle
+    starting: ObjectRef | None
+    answers: dict[ObjectRef, tuple[Lease, ObjectRef]] = field(default_factory=dict)
+
+
+class RayBackend:
+    """A parameter server and ``runtime.workers`` workers on a Ray cluster, one started here if none is named.
+
+    Args:
+        experiment: what is run, with ``engine.strategy`` decided.
+
+    Raises:
+        ClusterError: the cluster cannot be reached or has not the GPUs asked for.
+    """
+
+    def __init__(self, experiment: Experiment) -> None:
+        self._experiment = experiment
+        self._runtime = experiment.config.runtime
+        self._handles: dict[int, _Handle] = {}
+        self._adding: list[ObjectRef] = []
+        self._next_worker = 0
+        self._restarts = {"worker": 0, "server": 0}
+        self._server: ActorHandle | None = None
+        self._started_here = connect(self._runtime)
+        try:
+            self._workers, self._gpus = plan_workers(self._runtime, ray.cluster_resources())
+        except MetadistError:
+            self.close()
+            raise
+
+    def start(self, snapshot: dict[str, Any]) -> None:
+        config = self._experiment.config
+        self._experiment_ref = ray.put(self._experiment)
+        self._server = _Server.options(num_cpus=0, max_restarts=0).remote(  # type: ignore[attr-defined]
+            snapshot, config.outer.model_dump(), self._runtime.threads_per_worker
+        )
+        self._weights = self._server.weights.remote()
+        for _ in range(self._workers):
+            self._hire()
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        while not self.workers():
+            if time.monotonic() > deadline:
+                raise ClusterError(
+                    "runtime", f"no worker became ready in {_START_TIMEOUT_S:.0f} s",
+                    "see what the cluster has with `ray status`, or lower runtime.workers",
+                )
+            self.wait(1.0)
+
+    def idle(self) -> list[int]:
+        return [n for n, h in self._handles.items() if h.starting is None and not h.answers]
+
+    def workers(self) -> list[int]:
+        return [n for n, h in self._handles.items() if h.starting is None]
+
+    def lease(self, worker: int, lease: Lease) -> None:
+        handle = self._handles[worker]
+        report, gradients = handle.actor.compute.options(num_returns=2).remote(lease, self._weights)
+        handle.answers[report] = (lease, gradients)
+
+    def wait(self, timeout: float) -> list[Event]:
+        waiting = [r for h in self._handles.values() for r in ([h.starting] if h.starting else list(h.answers))]
+        if not waiting:
+            time.sleep(min(timeout, 0.1))
+            return []
+        first, _ = ray.wait(waiting, num_returns=1, timeout=timeout)
+        if not first:
+            return []
+        ready, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0)
+        arrived = set(ready) | set(first)
+        events: list[Event] = []
+        for number, handle in list(self._handles.items()):
+            for ref in [r for r in ([handle.starting] if handle.starting else list(handle.answers)) if r in arrived]:
+                if number in self._handles:
+                    events.append(self._event(number, handle, ref))
+        return events
+
+    def commit(self, version: int, tasks: int) -> dict[str, float]:
+        assert self._server is not None
+        adding, self._adding = self._adding, []
+        weights, stats = self._server.commit.options(num_returns=2).remote(version, tasks)
+        self._from_server([*adding])
+        result: dict[str, float] = self._from_server(stats)
+        self._weights = weights
+        return result
+
+    def snapshot(self) -> dict[str, Any]:
+        assert self._server is not None
+        held = self._from_server(self._server.snapshot.remote())
+        return {**held, "outer_state": dict(held["outer_state"])}
+
+    def restarts(self) -> dict[str, int]:
+        return dict(self._restarts)
+
+    def describe(self) -> dict[str, Any]:
+        device = "cuda" if self._gpus else "cpu"
+        return {"type": "ray", "ray": ray.__version__, "workers": self._workers, "device": device, "gpus_per_worker": self._gpus}
+
+    def close(self) -> None:
+        for handle in self._handles.values():
+            _kill(handle.actor)
+        if self._server is not None:
+            _kill(self._server)
+        self._handles.clear()
+        self._server = None
+        if self._started_here:
+            ray.shutdown()
+
+    # ----------------------------------------------------------------- workers
+
+    def _hire(self) -> None:
+        options = {"num_cpus": self._runtime.threads_per_worker, "num_gpus": self._gpus, "max_restarts": 0, "max_task_retries": 0}
+        actor = _Worker.options(**options).remote(self._experiment_ref, "cuda" if self._gpus else "cpu")  # type: ignore[attr-defined]
+        self._handles[self._next_worker] = _Handle(actor, actor.ready.remote())
+        self._next_worker += 1
+
+    def _event(self, number: int, handle: _Handle, ref: ObjectRef) -> Event:
+        try:
+            value = ray.get(ref)
+        except RayTaskError as e:
+            raise _cause(e) from e
+        except RayActorError as e:
+            return self._replace(number, handle, e)
+        if ref == handle.starting:
+            handle.starting = None
+            return Joined(number)
+        lease, gradients = handle.answers.pop(ref)
+        if lease.round.kind == "train":
+            assert self._server is not None
+            self._adding.append(self._server.add.remote(lease.round.version, lease.round.microbatches, gradients))
+        return Computed(number, value)
+
+    def _replace(self, number: int, handle: _Handle, error: RayActorError) -> Event:
+        del self._handles[number]
+        # The actor may still live if it was only out of reach.
+        _kill(handle.actor)
+        self._restarts["worker"] += 1
+        if self._restarts["worker"] > self._runtime.max_worker_restarts:
+            raise ClusterError(
+                "runtime", f"{self._restarts['worker']} workers died, the last of: {_first_line(error)}",
+                "raise runtime.max_worker_restarts if that is to be expected; memory is the usual cause",
+            )
+        self._hire()
+        return Died(number, _first_line(error))
+
+    def _from_server(self, refs: Any) -> Any:
+        try:
+            return ray.get(refs)
+        except RayTaskError as e:
+            raise _cause(e) from e
+        except RayError as e:
+            raise ClusterError(
+                "parameter server", f"is gone ({_first_line(e)})", "go on from the last checkpoint with `metadist resume`"
+            ) from e
+
+
+def connect(runtime: RuntimeConfig) -> bool:
+    """Joins the cluster the config names, or starts one on this machine; True if it was started here."""
+    if ray.is_initialized():
+        return False
+    environment = {
+        "GLIBC_TUNABLES": _ALLOCATOR,
+        "OMP_NUM_THREADS": str(runtime.threads_per_worker),
+        "PYTHONPATH": os.pathsep.join(dict.fromkeys([os.getcwd(), *filter(None, sys.path)])),
+    }
+    common: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": runtime.worker_logs, "configure_logging": True}
+    if runtime.address is None:
+        workers = _local_workers(runtime)
+        ray.init(
+            address="local", include_dashboard=False, num_cpus=max(workers * runtime.threads_per_worker, 1),
+            runtime_env={"env_vars": environment}, **common,
+        )
+        _protect_token()
+        return True
+    _check_reachable(runtime.address)
+    del environment["PYTHONPATH"]
+    try:
+        ray.init(address=runtime.address, runtime_env={"env_vars": environment}, **common)
+    except (ConnectionError, RuntimeError, ValueError, RayError) as e:
+        raise _unreachable(runtime.address, _first_line(e)) from e
+    return True
+
+
+def plan_workers(runtime: RuntimeConfig, resources: dict[str, float]) -> tuple[int, float]:
+    """How many workers, and how many GPUs for each, on a cluster with ``resources``.
+
+    Raises:
+        ClusterError: it has not the GPUs or CPUs that the config asks for.
+    """
+    cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+    each = (1.0 if gpus >= 1 else 0.0) if runtime.gpus_per_worker == "auto" else float(runtime.gpus_per_worker)
+    fit = int(gpus / each) if each else int(cpus // runtime.threads_per_worker)
+    workers = max(1, fit) if runtime.workers == "auto" else runtime.workers
+    if each and fit < workers:
+        raise ClusterError(
+            "runtime.gpus_per_worker", f"{workers} workers with {each:g} GPUs each need {workers * each:g}, the cluster has {gpus:g}",
+            "lower runtime.workers or runtime.gpus_per_worker (fractions share a GPU), or write gpus_per_worker: 0",
+        )
+    if runtime.address is not None and cpus < workers * runtime.threads_per_worker:
+        raise ClusterError(
+            "runtime.workers", f"{workers} workers need {workers * runtime.threads_per_worker} CPUs, the cluster has {cpus:g}",
+            "lower runtime.workers or write auto",
+        )
+    return workers, each
+
+
+def _local_workers(runtime: RuntimeConfig) -> int:
+    if runtime.workers != "auto":
+        return runtime.workers
+    return os.cpu_count() or 1
+
+
+def _check_reachable(address: str) -> None:
+    """Fails within seconds where Ray's own client would retry for minutes."""
+    if address == "auto" or "://" in address or ":" not in address:
+        return
+    import socket
+
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
+    except (OSError, ValueError) as e:
+        raise _unreachable(address, str(e)) from e
+
+
+def _unreachable(address: str, why: str) -> ClusterError:
+    return ClusterError(
+        "runtime.address", f"no Ray cluster answers at {address} ({why})",
+        "check the address, start a head with `ray start --head`, or write address: null to start one here",
+    )
+
+
+def _protect_token() -> None:
+    """Ray writes the cluster's access token readable by every user of the machine."""
+    with contextlib.suppress(OSError):
+        token = Path.home() / ".ray" / "auth_token"
+        if token.exists():
+            token.chmod(0o600)
+
+
+def _cause(error: RayTaskError) -> BaseException:
+    """The error as it was raised in the actor."""
+    cause = error.cause if isinstance(getattr(error, "cause", None), BaseException) else None
+    return cause if cause is not None else error
+
+
+def _kill(actor: ActorHandle) -> None:
+    with contextlib.suppress(Exception):
+        ray.kill(actor)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,91 @@
+"""The parameter server: sums a version's gradients, makes the next version. A plain class."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from metadist.outer.gradient import Block, TreeSum
+from metadist.outer.update import MetaUpdate
+
+
+class ParameterServer:
+    """Holds the meta-parameters of one version and the optimizer that makes the next.
+
+    Every message names its version and may come twice: what is late or doubled is dropped.
+
+    Args:
+        weights: flat meta-parameters ``[numel]``.
+        options: the config's ``outer`` section as a mapping.
+        version: of ``weights``.
+        threads: CPU threads, or None to leave them as they are.
+    """
+
+    def __init__(
+        self, weights: np.ndarray, options: dict[str, Any], version: int = 0, threads: int | None = None
+    ) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self._update = MetaUpdate(torch.from_numpy(np.array(weights)), options, version)
+        self._sum: TreeSum | None = None
+        self._stats: dict[str, float] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def version(self) -> int:
+        """Updates made so far."""
+        return self._update.version
+
+    def add(self, version: int, count: int, blocks: Mapping[Block, np.ndarray]) -> int:
+        """Takes partial sums computed at ``version``; returns how many were of use.
+
+        Args:
+            version: the version they were computed at; any but the present one's are dropped.
+            count: microbatches of the whole meta-batch.
+            blocks: partial sums by tree node.
+        """
+        with self._lock:
+            if version != self.version:
+                return 0
+            if self._sum is None:
+                self._sum = TreeSum(count)
+            return sum(self._sum.add(block, value) for block, value in blocks.items())
+
+    def commit(self, version: int, tasks: int) -> tuple[np.ndarray, dict[str, float]]:
+        """Makes ``version + 1``, once, and returns its weights and the update's statistics.
+
+        Raises:
+            ValueError: gradients are missing, or ``version`` is neither the present nor the last one.
+            FloatingPointError: the sum is not finite; the version stays as it was.
+        """
+        with self._lock:
+            if version == self.version:
+                if self._sum is None:
+                    raise ValueError(f"no gradient of version {version} has come")
+                total = torch.from_numpy(np.array(self._sum.total()))
+                self._sum = None
+                self._stats = self._update.apply(total, tasks)
+            elif version != self.version - 1:
+                raise ValueError(f"asked to commit version {version}, but the server holds {self.version}")
+            return self.weights(), dict(self._stats)
+
+    def weights(self) -> np.ndarray:
+        """The flat meta-parameters ``[numel]``, copied."""
+        return self._update.vector.detach().numpy().copy()
+
+    def snapshot(self) -> dict[str, Any]:
+        """Everything needed to go on from this version: ``version``, ``weights``, ``outer_state``."""
+        with self._lock:
+            state = {k: v.numpy() for k, v in self._update.state().items()}
+            return {"version": self.version, "weights": self.weights(), "outer_state": state}
+
+    def restore(self, snapshot: Mapping[str, Any]) -> None:
+        """Goes back to a :meth:`snapshot`."""
+        with self._lock:
+            state = {k: torch.from_numpy(np.array(v)) for k, v in snapshot["outer_state"].items()}
+            self._update.load(torch.from_numpy(np.array(snapshot["weights"])), state, snapshot["version"])
+            self._sum = None

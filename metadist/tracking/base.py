@@ -1,0 +1,143 @@
+"""What a tracker is told, and a list of trackers behind the same interface."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from metadist.errors import TrackingError
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What a tracker knows of a run when it starts.
+
+    Args:
+        run_dir: where the run's files lie; exists.
+        name: the run's name.
+        config: the resolved config, made of what JSON can hold.
+        total_steps: outer steps of the whole run, those before a resume included.
+        start_version: the version the run starts from; 0 unless it is resumed.
+        wandb_run_id: the Weights & Biases run to continue, if there is one.
+        workers: how many workers it starts with.
+        metric: what tasks are judged by, ``accuracy`` or for example ``mean_squared_error``.
+    """
+
+    run_dir: Path
+    name: str = "run"
+    config: Mapping[str, Any] = field(default_factory=dict)
+    total_steps: int = 0
+    start_version: int = 0
+    wandb_run_id: str | None = None
+    workers: int = 1
+    metric: str = "accuracy"
+
+
+class Tracker:
+    """Is told of a run by its one driver, in the order of the versions. Every method does nothing by default."""
+
+    def start(self, run: RunInfo) -> None:
+        """Called once, before anything else; an error here ends the run."""
+
+    def log(self, version: int, metrics: Mapping[str, Any]) -> None:
+        """One outer step.
+
+        Args:
+            version: the version that the step made, from 1.
+            metrics: numbers and words by name, as in a line of ``metrics.jsonl``. ``worker_s`` may be a mapping
+                from workers to the seconds that each computed.
+        """
+
+    def log_evaluation(self, version: int, result: Mapping[str, Any]) -> None:
+        """One evaluation of ``version``.
+
+        Args:
+            version: of the meta-parameters that were judged.
+            result: ``split, episodes, metric, pre_adaptation, mean, ci95, batchnorm``.
+        """
+
+    def log_picture(self, name: str, path: Path) -> None:
+        """A picture file (PNG)."""
+
+    def message(self, text: str) -> None:
+        """A line for whoever watches the run."""
+
+    def finish(self, summary: Mapping[str, Any], exit_code: int) -> None:
+        """Called once, at the end.
+
+        Args:
+            summary: as in ``summary.json``; empty where the run did not get that far.
+            exit_code: 0 if it succeeded.
+        """
+
+
+class Trackers(Tracker):
+    """Tells several trackers.
+
+    A tracker that cannot be started ends the run before its first step. Once started, one that fails is
+    reported a single time and never ends the run.
+
+    Args:
+        members: the trackers, told in this order.
+    """
+
+    def __init__(self, members: Iterable[Tracker]) -> None:
+        self.members = tuple(members)
+        self._warned: set[int] = set()
+
+    def start(self, run: RunInfo) -> None:
+        """Starts all of them, or none.
+
+        Raises:
+            TrackingError: one cannot be started; those before it have been finished.
+        """
+        for n, member in enumerate(self.members):
+            try:
+                member.start(run)
+            except Exception as error:
+                for started in self.members[:n]:
+                    self._safely(started, "finish", lambda t: t.finish({}, 1))
+                if isinstance(error, TrackingError):
+                    raise
+                raise TrackingError(
+                    f"tracking.{_name(member)}", f"cannot be started ({type(error).__name__}: {error})"
+                ) from error
+
+    def log(self, version: int, metrics: Mapping[str, Any]) -> None:
+        self._each("log", lambda t: t.log(version, metrics))
+
+    def log_evaluation(self, version: int, result: Mapping[str, Any]) -> None:
+        self._each("log_evaluation", lambda t: t.log_evaluation(version, result))
+
+    def log_picture(self, name: str, path: Path) -> None:
+        self._each("log_picture", lambda t: t.log_picture(name, path))
+
+    def message(self, text: str) -> None:
+        self._each("message", lambda t: t.message(text))
+
+    def finish(self, summary: Mapping[str, Any], exit_code: int) -> None:
+        self._each("finish", lambda t: t.finish(summary, exit_code))
+
+    def _each(self, what: str, call: Callable[[Tracker], None]) -> None:
+        for member in self.members:
+            self._safely(member, what, call)
+
+    def _safely(self, member: Tracker, what: str, call: Callable[[Tracker], None]) -> None:
+        try:
+            call(member)
+        except Exception as error:
+            if id(member) not in self._warned:
+                self._warned.add(id(member))
+                _log.warning(
+                    "tracking.%s: %s failed (%s: %s); the run goes on, and later failures of it are not reported",
+                    _name(member), what, type(error).__name__, error,
+                )  # fmt: skip
+
+
+def _name(member: Tracker) -> str:
+    return type(member).__name__.removesuffix("Tracker").lower() or "tracker"

@@ -1,0 +1,210 @@
+"""Weights & Biases through its own client; offline where there is no account."""
+
+from __future__ import annotations
+
+import netrc
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from metadist.errors import TrackingError
+from metadist.tracking.base import RunInfo, Tracker
+
+MODES = ("auto", "online", "offline", "disabled")
+
+_PANELS = {
+    "loss": "learning",
+    "grad_norm": "learning",
+    "outer_lr": "learning",
+    "tasks_per_s": "throughput",
+    "staleness": "workers",
+    "workers": "workers",
+    "releases": "workers",
+}
+_SECRET = re.compile(r"(^|[_.-])(key|keys|token|password|passwd|secret|credentials?)$", re.IGNORECASE)
+
+
+class WandbTracker(Tracker):
+    """Sends a run to Weights & Biases, or keeps it under ``RUN_DIR/wandb`` for ``wandb sync``.
+
+    One run id lasts across resumes. Only the driver writes; code is never uploaded, nothing is printed, and config
+    entries named like a secret are masked. Rows carry ``outer_step``, the version, which all charts use.
+
+    Args:
+        mode: ``online``, ``offline``, ``disabled``, or ``auto``: what ``WANDB_MODE`` says, else online where an
+            account is set up, else offline.
+        project: the project's name.
+        entity: user or team; None takes the account's default.
+        tags: labels of the run.
+
+    Attributes:
+        run_id: the run's id once started; None if disabled.
+        mode: what ``auto`` came to, once started.
+    """
+
+    def __init__(
+        self, mode: str = "auto", project: str = "metadist", entity: str | None = None, tags: tuple[str, ...] = ()
+    ) -> None:
+        if mode not in MODES:
+            raise TrackingError("tracking.wandb.mode", f"is {mode!r}", f"choose one of {', '.join(MODES)}")
+        self.mode, self.project, self.entity, self.tags = mode, project, entity, tuple(tags)
+        self.run_id: str | None = None
+        self._run: Any = None
+        self._version = 0
+
+    def start(self, run: RunInfo) -> None:
+        """Opens the run.
+
+        Raises:
+            TrackingError: the client is not installed, there is no account for ``online``, or it refuses.
+        """
+        self._version, self._metric = run.start_version, run.metric
+        if self.mode == "auto":
+            self.mode = automatic_mode()
+        elif self.mode == "online" and not has_account():
+            raise TrackingError(
+                "tracking.wandb.mode", "is online, but no account is set up",
+                "run `wandb login`, set WANDB_API_KEY, or take tracking.wandb.mode=offline",
+            )  # fmt: skip
+        if self.mode == "disabled":
+            return
+        try:
+            import wandb
+        except ImportError as error:
+            raise TrackingError(
+                "tracking.wandb", "the package wandb is not installed",
+                "run `pip install wandb`, or set tracking.wandb.mode=disabled",
+            ) from error  # fmt: skip
+        _forget_service()
+        try:
+            self._run = self._open(wandb, run)
+        except Exception as error:
+            raise TrackingError(
+                "tracking.wandb", f"cannot be started ({type(error).__name__}: {error})",
+                "check the account and the network, or take tracking.wandb.mode=offline",
+            ) from error  # fmt: skip
+        finally:
+            _forget_service()
+        self.run_id = self._run.id
+
+    def log(self, version: int, metrics: Mapping[str, Any]) -> None:
+        self._version = version
+        self._send({panel(name): value for name, value in _flat(metrics).items() if name != "version"})
+
+    def log_evaluation(self, version: int, result: Mapping[str, Any]) -> None:
+        self._version = version
+        split, metric = result.get("split", "test"), result.get("metric", self._metric)
+        names = {"mean": metric, "pre_adaptation": f"pre_adaptation_{metric}", "ci95": "ci95", "episodes": "episodes"}
+        self._send({f"evaluation/{split}_{name}": result[key] for key, name in names.items() if key in result})
+
+    def log_picture(self, name: str, path: Path) -> None:
+        if self._run is not None:
+            import wandb
+
+            self._send({f"pictures/{name}": wandb.Image(str(path))})
+
+    def finish(self, summary: Mapping[str, Any], exit_code: int) -> None:
+        if self._run is None:
+            return
+        run, self._run = self._run, None
+        run.summary.update(_flat(summary))
+        run.finish(exit_code=exit_code)
+
+    def _send(self, row: Mapping[str, Any]) -> None:
+        if self._run is not None:
+            self._run.log({**row, "outer_step": self._version})
+
+    def _open(self, wandb: Any, run: RunInfo) -> Any:
+        wanted = {
+            "silent": True,
+            "console": "off",
+            "save_code": False,
+            "disable_code": True,
+            "x_transaction_log_flush_interval": 1.0,  # a kill loses a second of rows, not all since the last block
+            "finish_timeout": 120.0,  # a dead network must not hold a finished run for ever
+            "finish_timeout_raises": False,
+        }
+        settings = {k: v for k, v in wanted.items() if k in wandb.Settings.model_fields}
+        if not os.access(run.run_dir, os.W_OK):  # the client would quietly write to the temporary folder
+            raise PermissionError(f"{run.run_dir} cannot be written")
+        opened = wandb.init(
+            dir=str(run.run_dir),
+            id=run.wandb_run_id,
+            resume="allow",
+            mode=self.mode,
+            project=self.project,
+            entity=self.entity,
+            name=run.name,
+            tags=self.tags,
+            config=masked(run.config),
+            settings=wandb.Settings(**settings),
+            reinit="create_new",
+        )
+        opened.define_metric("outer_step")
+        opened.define_metric("*", step_metric="outer_step")
+        return opened
+
+
+def automatic_mode() -> str:
+    """What ``auto`` comes to: ``WANDB_MODE`` if it names a mode, else online where an account is set up."""
+    asked = os.environ.get("WANDB_MODE", "").lower()
+    asked = {"dryrun": "offline", "run": "online"}.get(asked, asked)
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes"):
+        return "disabled"
+    if asked in ("offline", "disabled"):
+        return asked
+    return "online" if has_account() else "offline"
+
+
+def has_account() -> bool:
+    """Whether credentials for the server are at hand: in the environment or where ``wandb login`` keeps them."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
+    named = os.environ.get("NETRC")
+    files = [Path(named).expanduser()] if named else [Path.home() / ".netrc", Path.home() / "_netrc"]
+    for file in files:
+        try:
+            if netrc.netrc(str(file)).hosts.get(host):
+                return True
+        except (OSError, netrc.NetrcParseError):
+            continue
+    return False
+
+
+def panel(name: str) -> str:
+    """A metric's name with the panel it is drawn in, e.g. ``time/step_s``; one with a slash stays as it is."""
+    if "/" in name:
+        return name
+    group = _PANELS.get(name) or ("time" if name.endswith("_s") else "learning")
+    return f"{group}/{name}"
+
+
+def masked(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with every text under a name like ``api_key`` or ``token`` replaced by stars."""
+    return {
+        k: masked(v) if isinstance(v, Mapping) else "***" if isinstance(v, str) and _SECRET.search(str(k)) else v
+        for k, v in config.items()
+    }
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings flattened with slashes; ``worker_s`` becomes ``workers/<k>_s``. What is None is left out."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if name == "worker_s" and isinstance(value, Mapping):
+            flat.update({f"workers/{worker}_s": seconds for worker, seconds in value.items()})
+        elif isinstance(value, Mapping):
+            flat.update({f"{name}/{k}": v for k, v in _flat(value).items()})
+        elif value is not None:
+            flat[name] = value
+    return flat
+
+
+def _forget_service() -> None:
+    """Keeps this run's client to itself: a child that inherits these would talk to its parent's service."""
+    for name in [n for n in os.environ if n.startswith(("WANDB_SERVICE", "_WANDB"))]:
+        del os.environ[name]

@@ -1,0 +1,227 @@
+"""The worker: computes leased microbatches. A plain class; a runtime decides where it lives."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+
+from metadist.algorithms import Algorithm, TaskResults
+from metadist.episode import EpisodeBatch
+from metadist.experiment import DTYPES, Experiment
+from metadist.outer.gradient import Block, Layout, partial_sums
+from metadist.seeding import Rng
+
+
+@dataclass(frozen=True)
+class Round:
+    """One meta-batch of training, or one evaluation: numbered tasks, cut into microbatches.
+
+    Args:
+        kind: ``train`` returns gradients, ``evaluate`` metrics alone.
+        version: of the meta-parameters it is computed with.
+        split: the classes it draws from.
+        stream: the sequence its episodes are numbered in.
+        first: number of its first episode.
+        tasks: how many episodes.
+        tasks_per_microbatch: episodes of a microbatch; the last may hold fewer.
+        query_shots: query examples a class in place of the config's.
+    """
+
+    kind: Literal["train", "evaluate"]
+    version: int
+    split: str
+    stream: str
+    first: int
+    tasks: int
+    tasks_per_microbatch: int
+    query_shots: int | None = None
+
+    @property
+    def microbatches(self) -> int:
+        return -(-self.tasks // self.tasks_per_microbatch)
+
+    def episodes(self, microbatch: int) -> range:
+        """Numbers of the episodes of one microbatch."""
+        start = self.first + microbatch * self.tasks_per_microbatch
+        return range(start, min(start + self.tasks_per_microbatch, self.first + self.tasks))
+
+
+@dataclass(frozen=True)
+class Lease:
+    """Consecutive microbatches ``[start, stop)`` of a round, lent to one worker. ``number`` is unique in a run."""
+
+    number: int
+    round: Round
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a lease gave, without the gradients.
+
+    Args:
+        metrics: one float64 array ``[tasks of the lease]`` a metric, in the order of the episodes.
+        compute_s: seconds of computing.
+        data_wait_s: seconds spent waiting for episodes.
+        bad_tasks: numbers of the episodes whose loss or gradient is not finite.
+    """
+
+    lease: Lease
+    metrics: dict[str, np.ndarray]
+    compute_s: float
+    data_wait_s: float
+    bad_tasks: list[int] = field(default_factory=list)
+
+
+class MetaWorker:
+    """Samples and adapts the tasks of its leases; sums their meta-gradients.
+
+    Args:
+        experiment: what is run, with ``engine.strategy`` decided.
+        device: where the tasks are computed.
+
+    Raises:
+        MetadistError: a part of the experiment cannot be made.
+    """
+
+    def __init__(self, experiment: Experiment, device: str = "cpu") -> None:
+        self.experiment, self.device = experiment, torch.device(device)
+        torch.set_num_threads(experiment.config.runtime.threads_per_worker)
+        self.dtype = DTYPES[experiment.config.engine.precision]
+        self.learner: Algorithm = experiment.learner(self.device)
+        self.layout = Layout.of(self.learner.initial_meta_params())
+        self._prefetch = Prefetcher(self._episodes)
+        self._held: tuple[int, dict[str, torch.Tensor]] | None = None
+
+    def compute(self, lease: Lease, weights: np.ndarray) -> tuple[Report, dict[Block, np.ndarray]]:
+        """Computes a lease.
+
+        Args:
+            lease: which microbatches.
+            weights: the flat meta-parameters of ``lease.round.version``; read only.
+
+        Returns:
+            The report, and partial sums of the microbatches' gradients (none for an evaluation).
+        """
+        params = self._params(lease.round.version, weights)
+        results, waited, started = [], 0.0, time.perf_counter()
+        bad: list[int] = []
+        for m in range(lease.start, lease.stop):
+            batch, wait = self._prefetch.get(lease.round, m)
+            waited += wait
+            if m + 1 < lease.stop:
+                self._prefetch.request(lease.round, m + 1)
+            elif lease.round.kind == "train":
+                self._prefetch.request(_following(lease.round), lease.start)
+            result = self._microbatch(lease.round, m, params, batch)
+            bad += self._not_finite(lease.round, m, params, batch, result)
+            results.append(result)
+        elapsed = time.perf_counter() - started
+        metrics = {
+            k: np.concatenate([r.metrics[k].double().cpu().numpy().reshape(-1) for r in results])
+            for k in results[0].metrics
+        }
+        report = Report(lease, metrics, elapsed - waited, waited, bad)
+        if lease.round.kind == "evaluate":
+            return report, {}
+        flat = (self.layout.flatten(r.gradient).numpy() for r in results)
+        return report, partial_sums(lease.start, flat, lease.round.microbatches)
+
+    def close(self) -> None:
+        """Stops the prefetching thread and closes the data."""
+        self._prefetch.close()
+        self.experiment.close()
+
+    def _params(self, version: int, weights: np.ndarray) -> dict[str, torch.Tensor]:
+        if self._held is None or self._held[0] != version:
+            # A copy: the array may lie in memory shared with every process of the node.
+            named = self.layout.unflatten(torch.from_numpy(np.array(weights)))
+            self._held = version, {k: v.to(self.device) for k, v in named.items()}
+        return self._held[1]
+
+    def _episodes(self, round: Round, microbatch: int) -> EpisodeBatch:
+        source = self.experiment.source(round.split, round.query_shots)
+        return source.episodes(self.experiment.config.seed, round.stream, round.episodes(microbatch))
+
+    def _microbatch(
+        self, round: Round, microbatch: int, params: dict[str, torch.Tensor], batch: EpisodeBatch
+    ) -> TaskResults:
+        batch = batch.to(self.device, self.dtype)
+        # What torch draws by itself (dropout) is a function of the microbatch as well.
+        seed = Rng(self.experiment.config.seed, f"torch/{round.stream}", round.episodes(microbatch).start).torch_seed()
+        torch.manual_seed(seed)
+        if round.kind == "train":
+            return self.learner.meta_gradient(params, batch)
+        with torch.no_grad():
+            return TaskResults({}, self.learner.evaluate(params, batch))
+
+    def _not_finite(
+        self, round: Round, m: int, params: dict[str, torch.Tensor], batch: EpisodeBatch, result: TaskResults
+    ) -> list[int]:
+        """Numbers of the episodes to blame for a loss or gradient that is not finite."""
+        numbers = round.episodes(m)
+        losses = result.metrics["loss"].reshape(-1)
+        if not bool(torch.isfinite(losses).all()):
+            return [n for n, ok in zip(numbers, torch.isfinite(losses).tolist(), strict=True) if not ok]
+        if all(bool(torch.isfinite(g).all()) for g in result.gradient.values()):
+            return []
+        alone = [self._microbatch(round, m, params, EpisodeBatch.stack([e])) for e in batch]
+        bad = [
+            n
+            for n, r in zip(numbers, alone, strict=True)
+            if not all(bool(torch.isfinite(g).all()) for g in r.gradient.values())
+        ]
+        return bad or list(numbers)
+
+
+def _following(round: Round) -> Round:
+    """The round that comes next, if nothing unusual happens."""
+    return Round(
+        round.kind, round.version + 1, round.split, round.stream, round.first + round.tasks, round.tasks,
+        round.tasks_per_microbatch, round.query_shots,
+    )
+
+
+class Prefetcher:
+    """Makes the episodes of the next microbatch in a thread while the present one is computed.
+
+    A wrong guess costs nothing but the guess: what is asked for and not at hand is made at once.
+    """
+
+    def __init__(self, make: Callable[[Round, int], EpisodeBatch]) -> None:
+        self._make = make
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="episodes")
+        self._pending: dict[tuple[str, str, range], Future[EpisodeBatch]] = {}
+
+    def request(self, round: Round, microbatch: int) -> None:
+        """Starts making a microbatch's episodes; errors come out at :meth:`get`."""
+        self._pending = {self._key(round, microbatch): self._pool.submit(self._locked, round, microbatch)}
+
+    def get(self, round: Round, microbatch: int) -> tuple[EpisodeBatch, float]:
+        """A microbatch's episodes, and the seconds that were waited for them."""
+        start = time.perf_counter()
+        future = self._pending.pop(self._key(round, microbatch), None)
+        batch = future.result() if future is not None else self._locked(round, microbatch)
+        return batch, time.perf_counter() - start
+
+    def close(self) -> None:
+        """Stops the thread."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _locked(self, round: Round, microbatch: int) -> EpisodeBatch:
+        # A task source need not be safe for two threads.
+        with self._lock:
+            return self._make(round, microbatch)
+
+    @staticmethod
+    def _key(round: Round, microbatch: int) -> tuple[str, str, range]:
+        return round.split, round.stream, round.episodes(microbatch)
