@@ -115,7 +115,12 @@ def test_a_damaged_summary_is_no_obstacle(run_dir: Path) -> None:
 def _shows(path: Path, colour: str) -> int:
     """How many pixels of a picture have about this colour."""
     wanted = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
-    return int((np.abs(np.asarray(Image.open(path).convert("RGB")).astype(int) - wanted).max(axis=-1) < 12).sum())
+    return int((np.abs(_pixels(path) - wanted).max(axis=-1) < 12).sum())
+
+
+def _pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB")).astype(int)
 
 
 def test_the_learning_curve_shows_before_after_and_evaluations(run_dir: Path) -> None:
@@ -135,7 +140,8 @@ def test_a_regression_has_one_panel_and_an_empty_run_says_so(tmp_path: Path) -> 
     for name in ("accuracy", "mean_squared_error"):
         row = {"version": 1, "loss": 2.0, name: 2.0, "pre_adaptation_loss": 3.0, f"pre_adaptation_{name}": 3.0}
         (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
-        heights[name] = Image.open(draw_learning_curve(tmp_path)).height
+        with Image.open(draw_learning_curve(tmp_path)) as picture:
+            heights[name] = picture.height
     assert heights["accuracy"] == 2 * heights["mean_squared_error"]
     (tmp_path / "metrics.jsonl").unlink()
     assert _shows(draw_learning_curve(tmp_path), LIGHT["after"]) == 0
@@ -180,7 +186,7 @@ def test_the_grid_frames_right_and_wrong_answers(tmp_path: Path) -> None:
 def test_colour_pictures_of_any_range_are_drawn(tmp_path: Path) -> None:
     x, y = torch.randn(1, 4, 3, 16, 16) * 3, torch.tensor([[0, 0, 1, 1]])
     assert draw_episodes(EpisodeBatch(Examples(x, y), Examples(x, y)), tmp_path / "a.png") is not None
-    assert len(np.unique(np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).reshape(-1, 3), axis=0)) > 500
+    assert len(np.unique(_pixels(tmp_path / "a.png").reshape(-1, 3), axis=0)) > 500
 
 
 def test_shown_queries_are_spread_over_the_classes() -> None:

@@ -156,7 +156,8 @@ def _sample_chunk(tiles: np.ndarray, which: np.ndarray, maps: np.ndarray, basis:
 
     def row(first: np.ndarray) -> np.ndarray:
         left_ink = flat.take(first).astype(np.int32)
-        return (left_ink << 8) + (flat.take(first + 1).astype(np.int32) - left_ink) * right
+        blended: np.ndarray = (left_ink << 8) + (flat.take(first + 1).astype(np.int32) - left_ink) * right
+        return blended
 
     above = row(at)
     blend: np.ndarray = (above << 8) + (row(at + side) - above) * down + (1 << 15)

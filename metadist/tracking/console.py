@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -79,14 +79,22 @@ class ConsoleTracker(Tracker):
             print("\n".join(f"{label:<{width}}  {value}" for label, value in rows), file=self._out, flush=True)
 
     def _open_bar(self) -> None:
-        from rich.console import Console
+        from rich.console import Console, RenderableType
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.text import Text
 
-        self._bar = Progress(
+        class Bar(Progress):
+            """A bar with the numbers on a line below, so that both fit 80 columns."""
+
+            def get_renderables(self) -> Iterable[RenderableType]:
+                yield from super().get_renderables()
+                for task in self.tasks:
+                    yield Text(task.fields["state"], style="dim", no_wrap=True, overflow="ellipsis")
+
+        self._bar = Bar(
             TextColumn("{task.description}", markup=False, style="bold"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[state]}", markup=False),
             TimeRemainingColumn(compact=True),
             console=Console(file=self._err),
             expand=True,

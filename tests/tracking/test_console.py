@@ -97,14 +97,14 @@ def test_numbers_that_are_missing_or_null_are_left_out(tmp_path: Path) -> None:
 
 
 def test_a_terminal_gets_a_bar_and_a_drawn_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "140")
+    monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TERM", "xterm")
     out, err = Terminal(), Terminal()
     tracker, _ = _console(tmp_path, out, err, name="gly[ph]s")
     tracker.log(40, STEP)
     tracker.message("worker [bold]1[/bold] joined")
     tracker.finish({"evaluation": EVALUATION}, 0)
-    assert "40/100" in err.getvalue() and "loss 0.250" in err.getvalue() and "62 tasks/s" in err.getvalue()
+    assert " 40/100" in err.getvalue() and "loss 0.250" in err.getvalue() and "62 tasks/s  2 workers" in err.getvalue()
     assert "worker [bold]1[/bold] joined" in err.getvalue(), "text was read as markup"
     assert "gly[ph]s" in err.getvalue() and "gly[ph]s" in out.getvalue()
     assert "95.12 ± 0.52 %" in out.getvalue() and "┃" not in out.getvalue() and "│" in out.getvalue()

@@ -1,0 +1,149 @@
+"""The command line. A user's mistake is one line and exit code 2 or 1, never a traceback."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from metadist.errors import MetadistError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def _reports_errors(command: Command) -> Command:
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except MetadistError as e:
+            click.echo(f"metadist: {e}", err=True)
+            sys.exit(e.exit_code)
+        except KeyboardInterrupt:
+            click.echo("metadist: stopped", err=True)
+            sys.exit(130)
+        except BrokenPipeError:
+            sys.exit(0)
+
+    return wrapped  # type: ignore[return-value]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="metadist")
+def main() -> None:
+    """Learning to learn across many tasks, from a laptop to a GPU cluster.
+
+    \b
+    Example:
+      metadist train configs/glyphs_maml.yaml
+    """
+    # Modules that a config names by import_path may lie in the folder the command is run from.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+
+
+@main.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
+@click.option("--run-dir", type=click.Path(path_type=Path), help="Where the run is kept; must not exist.  [default: runs/NAME-TIME]")
+@click.option("--resume-if-exists", is_flag=True, help="Continue the run in --run-dir if there is one.")
+@_reports_errors
+def train(config: Path, overrides: tuple[str, ...], run_dir: Path | None, resume_if_exists: bool) -> None:
+    """Meta-train what CONFIG says.
+
+    \b
+    Example:
+      metadist train configs/sinusoid_maml.yaml outer.steps=2000 runtime.workers=2 --run-dir runs/sines
+    """
+    from metadist.config import load_config
+    from metadist.experiment import Experiment
+    from metadist.training import resume as run_resume
+    from metadist.training import train as run_train
+
+    checked = load_config(config, overrides)
+    if resume_if_exists and run_dir is not None and (run_dir / "config.yaml").is_file():
+        _stoppable(lambda: run_resume(run_dir, overrides))
+    else:
+        _stoppable(lambda: run_train(Experiment(checked), run_dir))
+
+
+@main.command()
+@click.argument("run_dir", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
+@_reports_errors
+def resume(run_dir: Path, overrides: tuple[str, ...]) -> None:
+    """Go on with a run from its newest whole checkpoint.
+
+    \b
+    Example:
+      metadist resume runs/sines outer.steps=4000
+    """
+    from metadist.training import resume as run_resume
+
+    _stoppable(lambda: run_resume(run_dir, overrides))
+
+
+@main.command()
+@click.argument("run_dir", type=click.Path(path_type=Path))
+@click.option("--episodes", type=click.IntRange(min=1), help="How many episodes.  [default: as in the config]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@_reports_errors
+def evaluate(run_dir: Path, episodes: int | None, as_json: bool) -> None:
+    """Judge a run's newest checkpoint on held-out episodes.
+
+    \b
+    Example:
+      metadist evaluate runs/sines --episodes 1000 --json
+    """
+    from metadist.tracking.console import judged
+    from metadist.training import evaluate as run_evaluate
+
+    for result in run_evaluate(run_dir, episodes):
+        click.echo(json.dumps(result) if as_json else f"{result['run_dir']} at step {result['version']}: {judged(result)}")
+
+
+@main.command()
+@click.argument("config", type=click.Path(path_type=Path), required=False)
+@click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
+@click.option("--list", "list_members", is_flag=True, help="Name every member of every family.")
+@_reports_errors
+def check(config: Path | None, overrides: tuple[str, ...], list_members: bool) -> None:
+    """Validate CONFIG and print it with every default spelled out.
+
+    \b
+    Example:
+      metadist check configs/glyphs_maml.yaml outer.lr=1e-3
+      metadist check --list
+    """
+    from metadist.config import load_config, to_yaml
+    from metadist.config.listing import families
+
+    if list_members:
+        for name, members in families().items():
+            click.echo(f"{name}:")
+            for member, line in members:
+                click.echo(f"  {member:<12} {line}")
+        return
+    if config is None:
+        raise click.UsageError("give a CONFIG, or --list")
+    click.echo(to_yaml(load_config(config, overrides)), nl=False)
+
+
+def _stoppable(run: Callable[[], Any]) -> None:
+    from metadist.training import Interrupted
+
+    try:
+        run()
+    except Interrupted as e:
+        click.echo("metadist: stopped after a whole step; go on with `metadist resume RUN_DIR`", err=True)
+        sys.exit(128 + e.signum)
+
+
+if __name__ == "__main__":
+    main()
