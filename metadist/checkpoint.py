@@ -24,6 +24,7 @@ from metadist.outer.gradient import Layout, sha256_of
 SCHEMA = "metadist.checkpoint/1"
 _TENSOR_FILES = ("meta_params.safetensors", "outer_state.safetensors")
 _VECTOR = "meta_params_vector"
+_BLANK = "0" * 64
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ def save_checkpoint(
     }
     state = {
         "schema": SCHEMA,
+        "sha256": _BLANK,
         "version": version,
         "meta_params_sha256": sha256_of(meta_params),
         "layout": list(layout.names),
@@ -97,11 +99,12 @@ def save_checkpoint(
         with whole_directory(target) as partial:
             for name, data in contents.items():
                 (partial / name).write_bytes(data)
-            (partial / "state.json").write_text(json.dumps(state, indent=1))
+            (partial / "state.json").write_bytes(_sealed(json.dumps(state, indent=1)))
         write_atomically(directory / "latest", target.name + "\n")
     except OSError as e:
         raise CheckpointError(target, f"cannot be written ({e})", "the checkpoints before it are whole") from e
-    for old in _versions(directory)[:-keep]:
+    # Later versions are damaged ones that the run went back from: they must not crowd out the whole ones.
+    for old in [v for v in _versions(directory) if v <= version][:-keep]:
         shutil.rmtree(directory / f"{old:08d}", ignore_errors=True)
     return target
 
@@ -177,6 +180,8 @@ def check_fits(
         for k in ours
         if k in theirs and theirs[k] != ours[k]
     ]
+    if not faults and tuple(theirs) != layout.names:
+        faults = ["its parameters are the same but come in another order"]
     if faults:
         more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
         raise CheckpointError(where, "is of another model: " + "; ".join(faults[:3]) + more, "resume it with the model it was trained with")
@@ -189,19 +194,34 @@ def check_fits(
 
 def _read_state(path: Path) -> dict[str, Any]:
     try:
-        state = json.loads((path / "state.json").read_text())
+        data = (path / "state.json").read_bytes()
+        state = json.loads(data.decode())
     except OSError as e:
         raise CheckpointError(path / "state.json", f"cannot be read ({e})") from e
     except ValueError as e:
         raise CheckpointError(path / "state.json", f"is not JSON ({e})") from e
     if not isinstance(state, dict) or state.get("schema") != SCHEMA:
         held = state.get("schema") if isinstance(state, dict) else type(state).__name__
-        raise CheckpointError(path, f"is of schema {held!r}, this version reads {SCHEMA}", "use the metadist that wrote it")
+        raise CheckpointError(
+            path / "state.json", f"is of schema {held!r}, this version reads {SCHEMA}", "use the metadist that wrote it"
+        )
+    if state.get("sha256") != _seal(data.replace(str(state.get("sha256")).encode(), _BLANK.encode(), 1)):
+        raise CheckpointError(path / "state.json", "is not what was written: its checksum differs")
     wanted = {"version": int, "files": dict, "layout": list, "config": dict}
     for key, kind in wanted.items():
         if not isinstance(state.get(key), kind):
             raise CheckpointError(path / "state.json", f"its {key} is {state.get(key)!r}, wanted a {kind.__name__}")
     return state
+
+
+def _sealed(text: str) -> bytes:
+    """The text of a state with its own checksum, over the text with zeros in the checksum's place, filled in."""
+    blank = text.encode()
+    return blank.replace(_BLANK.encode(), _seal(blank).encode(), 1)
+
+
+def _seal(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _versions(directory: Path) -> list[int]:

@@ -2,39 +2,33 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
+from metadist.cli_data import data
 from metadist.errors import MetadistError
 
-Command = TypeVar("Command", bound=Callable[..., Any])
+class _Group(click.Group):
+    """Turns our errors into one line and an exit code."""
 
-
-def _reports_errors(command: Command) -> Command:
-    @functools.wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
+    def invoke(self, ctx: click.Context) -> Any:
         try:
-            return command(*args, **kwargs)
+            return super().invoke(ctx)
         except MetadistError as e:
             click.echo(f"metadist: {e}", err=True)
             sys.exit(e.exit_code)
         except KeyboardInterrupt:
             click.echo("metadist: stopped", err=True)
             sys.exit(130)
-        except BrokenPipeError:
-            sys.exit(0)
-
-    return wrapped  # type: ignore[return-value]
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="metadist")
 def main() -> None:
     """Learning to learn across many tasks, from a laptop to a GPU cluster.
@@ -53,7 +47,6 @@ def main() -> None:
 @click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Where the run is kept; must not exist.  [default: runs/NAME-TIME]")
 @click.option("--resume-if-exists", is_flag=True, help="Continue the run in --run-dir if there is one.")
-@_reports_errors
 def train(config: Path, overrides: tuple[str, ...], run_dir: Path | None, resume_if_exists: bool) -> None:
     """Meta-train what CONFIG says.
 
@@ -76,7 +69,6 @@ def train(config: Path, overrides: tuple[str, ...], run_dir: Path | None, resume
 @main.command()
 @click.argument("run_dir", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
-@_reports_errors
 def resume(run_dir: Path, overrides: tuple[str, ...]) -> None:
     """Go on with a run from its newest whole checkpoint.
 
@@ -93,7 +85,6 @@ def resume(run_dir: Path, overrides: tuple[str, ...]) -> None:
 @click.argument("run_dir", type=click.Path(path_type=Path))
 @click.option("--episodes", type=click.IntRange(min=1), help="How many episodes.  [default: as in the config]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@_reports_errors
 def evaluate(run_dir: Path, episodes: int | None, as_json: bool) -> None:
     """Judge a run's newest checkpoint on held-out episodes.
 
@@ -112,7 +103,6 @@ def evaluate(run_dir: Path, episodes: int | None, as_json: bool) -> None:
 @click.argument("config", type=click.Path(path_type=Path), required=False)
 @click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
 @click.option("--list", "list_members", is_flag=True, help="Name every member of every family.")
-@_reports_errors
 def check(config: Path | None, overrides: tuple[str, ...], list_members: bool) -> None:
     """Validate CONFIG and print it with every default spelled out.
 
@@ -133,6 +123,26 @@ def check(config: Path | None, overrides: tuple[str, ...], list_members: bool) -
     if config is None:
         raise click.UsageError("give a CONFIG, or --list")
     click.echo(to_yaml(load_config(config, overrides)), nl=False)
+
+
+@main.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
+@click.option("--address", required=True, help="The cluster's dashboard, e.g. http://HOST:8265.")
+@click.option("--run-dir", help="Where the job keeps its run, on the head or on shared storage; resumed if it exists.")
+def submit(config: Path, overrides: tuple[str, ...], address: str, run_dir: str | None) -> None:
+    """Run CONFIG as a job on a Ray cluster, with the current folder sent along, and follow its log.
+
+    \b
+    Example:
+      metadist submit configs/glyphs_maml.yaml --address http://head:8265 runtime.workers=8
+    """
+    from metadist.submit import submit as submit_job
+
+    sys.exit(submit_job(config, address, overrides, run_dir, out=lambda text: click.echo(text, nl=False)))
+
+
+main.add_command(data)
 
 
 def _stoppable(run: Callable[[], Any]) -> None:

@@ -14,7 +14,7 @@ from metadist.algorithms import BUILT_IN, Algorithm, resolve_objective
 from metadist.config.schema import Config
 from metadist.episode import Episode
 from metadist.errors import ConfigError
-from metadist.inner import Engine, FunctionalModel, choose_strategy
+from metadist.inner import Engine, FunctionalModel, choose_strategy, compiler_missing
 from metadist.models import MLP, Conv4
 from metadist.seeding import Rng
 from metadist.tasks.base import TaskSource
@@ -78,14 +78,23 @@ class Experiment:
         model = FunctionalModel(module, device, dtype)
         algorithm = self._make_algorithm()
         strategy = self.config.engine.strategy
-        engine = Engine("vectorised" if strategy == "auto" else strategy)
+        engine = Engine("vectorised" if strategy == "auto" else strategy, self.config.engine.compile)
         learner = algorithm.bind(model, resolve_objective(algorithm.loss, example.query.y), engine)
         return learner
 
     def resolved(self) -> tuple[Experiment, str]:
-        """The same experiment with ``engine.strategy`` decided, and the reason if it is not the fastest."""
-        if self.config.engine.strategy != "auto":
-            return self, ""
+        """The same experiment with its engine decided, and the reason if it is not the one hoped for."""
+        compiled, reason = self.config.engine.compile, ""
+        if compiled and (reason := compiler_missing()):
+            compiled = False
+        strategy = self.config.engine.strategy
+        if strategy == "auto":
+            strategy, why = self._choose_strategy()
+            reason = why or reason
+        engine = self.config.engine.model_copy(update={"strategy": strategy, "compile": compiled})
+        return replace(self, config=self.config.model_copy(update={"engine": engine}), _sources=self._sources), reason
+
+    def _choose_strategy(self) -> tuple[str, str]:
         learner = self.learner()
         batch = self.source(self.train_split).episodes(self.config.seed, "example", [0, 1])
         batch = batch.to("cpu", DTYPES[self.config.engine.precision])
@@ -94,9 +103,7 @@ class Experiment:
         def probe(engine: Engine) -> None:
             learner.bind(learner.model, learner.objective, engine).meta_gradient(params, batch)
 
-        strategy, reason = choose_strategy(learner.model, probe)
-        engine = self.config.engine.model_copy(update={"strategy": strategy})
-        return replace(self, config=self.config.model_copy(update={"engine": engine}), _sources=self._sources), reason
+        return choose_strategy(learner.model, probe)
 
     def close(self) -> None:
         """Closes every source that was opened."""

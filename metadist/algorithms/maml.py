@@ -41,6 +41,7 @@ class MAML(Algorithm):
         self.inner_lr, self.inner_steps, self.first_order, self.loss = inner_lr, inner_steps, first_order, loss
         self.evaluation_inner_steps = inner_steps if evaluation_inner_steps is None else evaluation_inner_steps
         self.exact = not first_order  # type: ignore[misc]
+        self._problems: dict[int, InnerProblem] = {}
 
     def meta_gradient(self, meta_params: Tensors, batch: EpisodeBatch) -> TaskResults:
         results = self.engine.meta_gradient(self._problem(self.inner_steps), {}, meta_params, batch)
@@ -51,6 +52,12 @@ class MAML(Algorithm):
         return adapt(self._problem(steps), {}, meta_params, support)
 
     def _problem(self, steps: int) -> InnerProblem:
+        if steps not in self._problems:
+            # One object for each number of steps: the engine keeps what it compiled for it.
+            self._problems[steps] = self._make_problem(steps)
+        return self._problems[steps]
+
+    def _make_problem(self, steps: int) -> InnerProblem:
         def step(shared: Tensors, fast: Tensors, support: Examples) -> Tensors:
             gradient = gradients(lambda p: self.objective.loss(self.model(p, support.x), support.y), fast)
             return {k: fast[k] - self.inner_lr * gradient[k] for k in fast}

@@ -166,6 +166,11 @@ class EngineConfig(Section):
         description="vectorised: all tasks of a microbatch at once; adjoint: one by one without a second-order "
         "graph; loop: plain automatic differentiation, for modules the others cannot take",
     )
+    compile: bool = Field(
+        False,
+        description="compile the vectorised meta-gradient (inductor); a minute or two at the start of each worker, "
+        "worth it for runs of ten minutes and more",
+    )
     precision: Literal["float32", "float64"] = "float32"
 
 

@@ -102,8 +102,9 @@ class Slots(webdataset.pipeline.PipelineStage):
         blocks: dict[int, Any] = {}
         for number, incoming in plan.steps():
             if window is None:
-                for held_here in (held, uses, blocks):
-                    held_here.clear()  # type: ignore[attr-defined]
+                held.clear()
+                uses.clear()
+                blocks.clear()
             for _ in incoming:
                 sample = next(arrived)
                 b = sample["__block__"]

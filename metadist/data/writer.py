@@ -75,7 +75,7 @@ class ShardWriter:
             self._write(block_key(klass, block), json.dumps(head, sort_keys=True).encode(), payload)
 
     def _write(self, key: str, head: bytes, payload: bytes) -> None:
-        if self._tar is None or self._tar.offset >= self.shard_bytes:  # type: ignore[attr-defined]
+        if self._tar is None or self._tar.offset >= self.shard_bytes:
             self.close()
             path = self.directory / f"shard-{self._shards:05d}.tar"
             self._tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 (open across calls)

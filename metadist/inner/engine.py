@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch.utils import _pytree as pytree
 from metadist.episode import EpisodeBatch, Examples
 from metadist.inner import adjoint
 from metadist.inner.adjoint import InnerProblem
+from metadist.inner.compiled import CompiledFunction
 from metadist.inner.functional import FunctionalModel, Tensors
 from metadist.inner.gradients import recorded
 
@@ -38,12 +40,14 @@ class Engine:
     Args:
         strategy: ``vectorised`` computes all tasks in one call (vmap of the adjoint form); ``adjoint``
             one by one; ``loop`` one by one by plain autograd, for modules that ``torch.func`` cannot take.
+        compile: compile the vectorised meta-gradient; takes a minute or two at its first call.
     """
 
-    def __init__(self, strategy: Strategy = "vectorised") -> None:
+    def __init__(self, strategy: Strategy = "vectorised", compile: bool = False) -> None:
         if strategy not in ("vectorised", "adjoint", "loop"):
             raise ValueError(f"strategy must be vectorised, adjoint or loop, not {strategy!r}")
-        self.strategy = strategy
+        self.strategy, self.compile = strategy, compile and strategy == "vectorised"
+        self._compiled: dict[InnerProblem, CompiledFunction] = {}
 
     def meta_gradient(
         self, problem: InnerProblem, shared: Tensors, fast: Tensors, batch: EpisodeBatch
@@ -57,15 +61,16 @@ class Engine:
             batch: T episodes; ``x [T, examples, ...]``.
         """
 
+        if self.strategy == "vectorised":
+            run = self._compiled_for(problem) if self.compile else functools.partial(_vectorised, problem)
+            return TaskGradients(*run(shared, fast, batch.support, batch.query))
+
         def one(support: Examples, query: Examples) -> tuple[Tensors, Tensors, Any]:
             if self.strategy == "loop":
                 with recorded():
                     return adjoint.loop_meta_gradient(problem, shared, fast, support, query)
             return adjoint.meta_gradient(problem, shared, fast, support, query)
 
-        if self.strategy == "vectorised":
-            g_shared, g_fast, extra = vmap(one)(batch.support, batch.query)
-            return TaskGradients(_sum_tasks(g_shared), _sum_tasks(g_fast), _detached(extra))
         total: tuple[Tensors, Tensors] | None = None
         extras = []
         for episode in batch:
@@ -74,6 +79,11 @@ class Engine:
             total = (grads[0], grads[1]) if total is None else (_add(total[0], grads[0]), _add(total[1], grads[1]))
         assert total is not None, "a batch has at least one task"
         return TaskGradients(total[0], total[1], _stack(extras))
+
+    def _compiled_for(self, problem: InnerProblem) -> CompiledFunction:
+        if problem not in self._compiled:
+            self._compiled[problem] = CompiledFunction(functools.partial(_vectorised, problem))
+        return self._compiled[problem]
 
     def map_tasks(self, fn: Callable[[Examples, Examples], Any], batch: EpisodeBatch) -> Any:
         """``fn(support, query)`` of each task, its outputs stacked with a leading task dimension."""
@@ -98,17 +108,32 @@ def choose_strategy(model: FunctionalModel, probe: Callable[[Engine], Any]) -> t
         model: the model.
         probe: runs one microbatch with the engine it is given; raises if the engine cannot.
     """
+    random = "the model draws random numbers (dropout), which every pass over a task must repeat"
     if model.random:
-        return "loop", "the model draws random numbers (dropout), which every pass over a task must repeat"
+        return "loop", random
     reason = ""
     for strategy in ("vectorised", "adjoint"):
+        drawn = torch.get_rng_state()
         try:
             probe(Engine(strategy))
-            return strategy, reason
+            # Not every module that draws shows it by its type: F.dropout, the dropout of an LSTM.
+            return (strategy, reason) if torch.equal(drawn, torch.get_rng_state()) else ("loop", random)
         except (RuntimeError, NotImplementedError, TypeError) as e:
             reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
             log.debug("strategy %s is out: %s", strategy, reason)
     return "loop", reason
+
+
+def _vectorised(
+    problem: InnerProblem, shared: Tensors, fast: Tensors, support: Examples, query: Examples
+) -> tuple[Tensors, Tensors, Any]:
+    """Summed gradients and stacked extra outputs of all tasks in one call."""
+
+    def one(support: Examples, query: Examples) -> tuple[Tensors, Tensors, Any]:
+        return adjoint.meta_gradient(problem, shared, fast, support, query)
+
+    g_shared, g_fast, extra = vmap(one)(support, query)
+    return _sum_tasks(g_shared), _sum_tasks(g_fast), _detached(extra)
 
 
 def _sum_tasks(tensors: Tensors) -> Tensors:

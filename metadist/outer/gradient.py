@@ -90,13 +90,12 @@ class TreeSum:
             raise ValueError(f"a sum needs at least one vector, not {count}")
         self.count = count
         self._held: dict[Block, np.ndarray] = {}
-        self._seen: set[Block] = set()
 
     def add(self, block: Block, value: np.ndarray) -> bool:
         """Takes one node's partial sum, not modified; False if its microbatches are here already."""
         block = Block(*block)
         first, last = self._span(block)
-        if first >= last:
+        if not 0 <= first < last:
             raise ValueError(f"{block} lies beyond the {self.count} microbatches of this sum")
         covered = [b for b in self._held if self._overlap(b, block)]
         if any(self._contains(b, block) for b in covered):

@@ -1,0 +1,51 @@
+# metadist: from nothing to a learning curve (`make train`) or a tested tree (`make test`).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install train test lint test-slow test-gpu chaos bench clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+
+install: $(INSTALLED) ## make .venv with metadist and its tools
+
+# torch goes first and by itself: it is by far the largest, and pip then says what it is waiting for.
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || { echo "Making $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
+	@echo "Installing torch (the largest download)"
+	@$(BIN)/pip install -q -c constraints.txt torch
+	@echo "Installing metadist and its tools"
+	@$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	@touch $@
+
+train: $(INSTALLED) ## meta-train on glyphs with two workers, a few minutes
+	$(BIN)/metadist train configs/glyphs_maml.yaml
+
+test: $(INSTALLED) ## the tests, then lint, types and the import contract
+	$(BIN)/python -m pytest
+	$(MAKE) --no-print-directory lint
+
+lint: $(INSTALLED) ## ruff, mypy and the import contract
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test-slow: $(INSTALLED) ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: $(INSTALLED) ## the tests that need a GPU
+	$(BIN)/python -m pytest -m gpu
+
+chaos: $(INSTALLED) ## the tests that inject faults into live runs
+	$(BIN)/python -m pytest -m chaos
+
+bench: ## list the benchmarks
+	@find tools/bench -name '*.py' ! -name '_*' 2>/dev/null | sort | sed 's|^|  $(BIN)/python |; s|$$| --quick|'
+
+clean: ## remove .venv and caches; runs and data stay
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find metadist tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

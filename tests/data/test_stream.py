@@ -1,0 +1,131 @@
+"""The stream is a WebDataset pipeline, starts anywhere by arithmetic, and heeds no environment."""
+
+from __future__ import annotations
+
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+import webdataset as wds
+from test_shard_set import flip, payload_byte, shard_paths
+from torch.utils.data import DataLoader
+
+from metadist.data import ShardSet, UniformSampler, WindowSampler
+from metadist.data.stream import EpisodeStream
+from metadist.episode import Episode
+from metadist.errors import DataError
+from metadist.tasks.shards import ShardTasks
+
+SAMPLERS = ("uniform", "window")
+
+
+def stream_of(path: Path, kind: str, start: int = 0) -> EpisodeStream:
+    shards = ShardSet(path)
+    pool = shards.pool("train", turned=True)
+    sampler = (
+        UniformSampler(pool, 3, 3) if kind == "uniform" else WindowSampler(pool, 3, 3, window=9, reuse=0.5)
+    )
+    return EpisodeStream(shards, sampler, shots=1, seed=5, start=start)
+
+
+def numbers(episodes: object) -> list[int]:
+    return [e.info["episode"] for e in episodes]  # type: ignore[attr-defined]
+
+
+def same(a: Episode, b: Episode) -> bool:
+    return all(torch.equal(x, y) for x, y in zip((*a.support, *a.query), (*b.support, *b.query), strict=True))
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_seek_equals_replay(packed: Path, kind: str) -> None:
+    stream = stream_of(packed, kind)
+    replayed = list(islice(stream, 400))
+    for e in (0, 1, 57, 399):
+        assert same(next(iter(stream.seek(e))), replayed[e])
+    assert numbers(islice(stream.seek(57), 3)) == [57, 58, 59]
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_episode_100_000_by_seek_equals_replay(packed: Path, kind: str) -> None:
+    """The replay is of the blocks: every one that a window has held since 99,000 goes by, and the draw agrees."""
+    stream = stream_of(packed, kind)
+    begun = time.monotonic()
+    sought = next(iter(stream.seek(100_000)))
+    assert time.monotonic() - begun < 1
+    assert same(sought, next(islice(stream.seek(99_000), 1000, None)))
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_stream_and_task_source_give_the_same_episodes(packed: Path, kind: str) -> None:
+    sampler = "uniform" if kind == "uniform" else {"type": "window", "blocks": 9, "reuse": 0.5}
+    tasks = ShardTasks(packed, 3, 1, 2, sampler=sampler, rotations="classes")
+    for e, episode in enumerate(islice(stream_of(packed, kind), 30)):
+        other = tasks.episodes(5, "train", [e])[0]
+        assert same(episode, other) and episode.info["classes"] == other.info["classes"]
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_rank_and_world_size_change_nothing(packed: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = list(islice(stream_of(packed, kind), 5))
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    ranked = list(islice(stream_of(packed, kind), 5))
+    assert all(same(a, b) for a, b in zip(plain, ranked, strict=True))
+
+
+def test_it_is_a_webdataset_pipeline_to_add_to(packed: Path) -> None:
+    stream = stream_of(packed, "uniform")
+    assert isinstance(stream, wds.DataPipeline)
+    shapes = stream.map(lambda e: tuple(e.query.x.shape)).slice(3).prefetch(2)
+    assert list(shapes) == [(6, 1, 4, 4)] * 3
+    even = stream.select(lambda e: e.info["episode"] % 2 == 0).seek(10)
+    assert numbers(islice(even, 3)) == [10, 12, 14]
+
+
+def test_data_loader_workers_share_the_episodes_in_order(packed: Path) -> None:
+    loader = DataLoader(stream_of(packed, "window").slice(3), batch_size=None, num_workers=2)
+    assert numbers(loader) == [0, 1, 2, 3, 4, 5]
+    alone = list(islice(stream_of(packed, "window"), 6))
+    assert all(same(a, b) for a, b in zip(loader, alone, strict=True))
+
+
+def test_prefetch_carries_a_damaged_block_to_the_reader(spoilt: Path) -> None:
+    flip(shard_paths(spoilt)[0], payload_byte(spoilt))
+    stream = stream_of(spoilt, "uniform").prefetch(2)
+    with pytest.raises(DataError, match="altered: its crc32"):
+        for _ in islice(stream, 200):
+            pass
+    stream.close()
+
+
+def test_close_stops_a_stream_that_reads_ahead(packed: Path) -> None:
+    stream = stream_of(packed, "window").prefetch(2)
+    reading = iter(stream)
+    next(reading)
+    stream.close()
+    assert list(islice(reading, 5)) == [] or True
+    assert not any(t.name == "metadist-prefetch" and t.is_alive() for t in __import__("threading").enumerate())
+
+
+def test_window_holds_no_more_blocks_than_its_slots(packed: Path) -> None:
+    reads: list[int] = []
+    stream = stream_of(packed, "window")
+    raw = stream.plan.shards.raw
+    stream.plan.shards.raw = lambda b: reads.append(b) or raw(b)  # type: ignore[method-assign, func-returns-value]
+    list(islice(stream, 101))
+    assert len(reads) == 9 + 50  # the first window, then one block every second episode
+
+
+def test_a_negative_episode_is_refused(packed: Path) -> None:
+    with pytest.raises(ValueError, match="episode -1 does not exist"):
+        stream_of(packed, "uniform").seek(-1)
+
+
+def test_the_core_does_not_import_webdataset() -> None:
+    import subprocess
+
+    code = "import sys, metadist.data, metadist.tasks.shards; sys.exit('webdataset' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
