@@ -1,12 +1,47 @@
 """metadist: learning to learn across many tasks, from a laptop to a GPU cluster.
 
-Imports torch alone; Ray, WebDataset and Weights & Biases are loaded when a run needs them.
+Needs torch alone, and loads even that when one of its names is first used, so that checking a config is
+quick; Ray, WebDataset and Weights & Biases are loaded when a run needs them.
 """
 
-from metadist.episode import Episode, EpisodeBatch, Examples
-from metadist.errors import MetadistError
-from metadist.seeding import Rng
-from metadist.tasks.base import TaskSource
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from metadist.algorithms import MAML, Algorithm
+    from metadist.api import AdaptedModel, Learner, LocalRuntime, Outer, RayRuntime, Run, load, train
+    from metadist.episode import Episode, EpisodeBatch, Examples
+    from metadist.errors import MetadistError
+    from metadist.seeding import Rng
+    from metadist.tasks.base import TaskSource
 
 __version__ = "0.1.0"
-__all__ = ["Episode", "EpisodeBatch", "Examples", "MetadistError", "Rng", "TaskSource"]
+
+_HOMES = {
+    "metadist.algorithms": ("MAML", "Algorithm"),
+    "metadist.api": ("AdaptedModel", "Learner", "LocalRuntime", "Outer", "RayRuntime", "Run", "load", "train"),
+    "metadist.episode": ("Episode", "EpisodeBatch", "Examples"),
+    "metadist.errors": ("MetadistError",),
+    "metadist.seeding": ("Rng",),
+    "metadist.tasks.base": ("TaskSource",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "MAML", "AdaptedModel", "Algorithm", "Episode", "EpisodeBatch", "Examples", "Learner", "LocalRuntime",
+    "MetadistError", "Outer", "RayRuntime", "Rng", "Run", "TaskSource", "load", "train",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME_OF})

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from metadist.algorithms import BUILT_IN, Algorithm, resolve_objective
-from metadist.config.schema import Config
+from metadist.config.schema import ClassTasks, Config
 from metadist.episode import Episode
 from metadist.errors import ConfigError
 from metadist.inner import Engine, FunctionalModel, choose_strategy, compiler_missing
@@ -124,7 +124,9 @@ class Experiment:
         options = section.model_dump(exclude={"type", "train_split"})
         if query_shots is not None:
             options["query_shots"] = query_shots
-        return _task_source(section.type)(**options, split=split)
+        if isinstance(section, ClassTasks):
+            options["split"] = split
+        return _task_source(section.type)(**options)
 
     def _make_module(self, example: Episode) -> nn.Module:
         if self.model is not None:

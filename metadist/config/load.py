@@ -6,7 +6,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -184,9 +184,10 @@ def _explain(error: ErrorDetails) -> str:
     if kind == "missing":
         return f"{path}: is missing; give it a value"
     if kind == "union_tag_not_found":
-        return f"{path}.type: is missing; choose one of {_tags(context)}"
+        members = family(section.model_fields[path.rsplit(".", 1)[-1]].annotation) if section else ()
+        return f"{path}.type: is missing; choose one of {', '.join(_for_files(map(_type_of, members)))}"
     if kind == "union_tag_invalid":
-        names = [t.strip(" '") for t in context["expected_tags"].split(",")]
+        names = _for_files(t.strip(" '") for t in context["expected_tags"].split(","))
         return f"{path}.type: there is no {context['tag']!r}; {_nearest(context['tag'], names)}"
     message = error["msg"].removeprefix("Value error, ")
     if kind == "value_error":
@@ -196,10 +197,9 @@ def _explain(error: ErrorDetails) -> str:
     return f"{path}: {given!r} will not do: {message[0].lower()}{message[1:]}"
 
 
-def _tags(context: Mapping[str, Any]) -> str:
-    return ", ".join(_type_of(m) for m in family(Config.model_fields[context["discriminator"]].annotation)) if (
-        context.get("discriminator") in Config.model_fields
-    ) else "the members that `metadist check --list` names"
+def _for_files(types: Iterable[str]) -> list[str]:
+    """The types that a file can choose: ``python`` stands for what only Python can pass."""
+    return [t for t in types if t != "python"]
 
 
 def _locate(loc: tuple[int | str, ...]) -> tuple[str, type[BaseModel] | None]:

@@ -47,8 +47,21 @@ def folder_files(root: Path) -> list[SourceFile]:
             full = Path(folder, name)
             relative = PurePosixPath(full.relative_to(root).as_posix())
             if not _hidden(relative):
-                files.append(SourceFile(relative, str(full), full.read_bytes))
+                files.append(SourceFile(relative, str(full), _file_reader(full)))
     return sorted(files, key=lambda f: f.path.parts)
+
+
+def _file_reader(path: Path) -> Callable[[], bytes]:
+    def read() -> bytes:
+        try:
+            size = path.stat().st_size
+            if size > MAX_FILE_BYTES:
+                raise DataError(path, f"{size} bytes, more than {MAX_FILE_BYTES}")
+            return path.read_bytes()
+        except OSError as e:
+            raise DataError(path, f"cannot be read ({e.strerror})") from None
+
+    return read
 
 
 @contextmanager

@@ -102,7 +102,7 @@ def verify(path: str | Path, progress: Progress | None = None) -> Report:
     if problems:
         unique = list(dict.fromkeys(problems))
         count = "1 problem" if len(unique) == 1 else f"{len(unique)} problems"
-        raise DataError(path, "\n  ".join([f"{count} found", *unique]), "\npack or copy the set again")
+        raise DataError(path, "\n  ".join([f"{count} found", *unique]))
     size = sum(s.bytes for s in manifest.shards) + manifest.index.bytes
     return Report(str(path), len(manifest.shards), manifest.blocks, manifest.examples, size, manifest.content_id)
 

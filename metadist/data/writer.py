@@ -107,29 +107,44 @@ def new_directory(out: Path) -> Iterator[Path]:
     Raises:
         DataError: if ``out`` exists, or the disk is full or cannot be written to.
     """
-    exists = DataError(out, "exists already", "remove it or choose another directory")
     if os.path.lexists(out):
-        raise exists
-    part: Path | None = None
+        raise _exists(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    except OSError as e:
+        raise _unwritable(out, e) from e
+    try:
         yield part
         _sync(part)
         part.chmod(0o755)
-        if os.path.lexists(out):
-            raise exists
-        part.rename(out)
-        part = None
-        _sync_directory(out.parent)
+        _publish(part, out)
     except OSError as e:
-        if e.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            raise exists from None
-        mend = "free some space" if e.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        raise DataError(e.filename or out, f"cannot be written ({e.strerror or e})", mend) from e
+        raise _unwritable(out, e) from e
     finally:
-        if part is not None:
-            shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(part, ignore_errors=True)  # gone already if it was published
+
+
+def _exists(out: Path) -> DataError:
+    return DataError(out, "exists already", "remove it or choose another directory")
+
+
+def _unwritable(out: Path, e: OSError) -> DataError:
+    mend = "free some space" if e.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another directory"
+    return DataError(out, f"cannot be written ({e.strerror or e})", mend)
+
+
+def _publish(part: Path, out: Path) -> None:
+    """Renames in one step. Another process may have made ``out`` meanwhile; it is left alone."""
+    if os.path.lexists(out):
+        raise _exists(out)
+    try:
+        part.rename(out)
+    except OSError as e:
+        if e.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise _exists(out) from None
+        raise
+    _sync_directory(out.parent)
 
 
 def _sync(directory: Path) -> None:

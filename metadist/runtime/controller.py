@@ -14,6 +14,7 @@ from metadist.runtime.leases import Ledger
 from metadist.worker import Report, Round
 
 _POLL_S = 1.0
+_ALONE_S = 300.0
 
 
 @dataclass
@@ -76,9 +77,9 @@ class Controller:
     def finish(self) -> RoundResult:
         """Waits until the round that was begun is done."""
         ledger = self._ledger
+        self._alone_since: float | None = None
         while not ledger.finished:
-            if not self.backend.workers() and not ledger.busy():
-                self.on_event("no worker is left; waiting for a new one")
+            self._mind_absence()
             for event in self.backend.wait(_POLL_S):
                 if isinstance(event, Computed):
                     self._computed(event)
@@ -91,6 +92,17 @@ class Controller:
         self._next_lease = ledger.next_number
         self.releases += ledger.releases
         return self._result()
+
+    def _mind_absence(self) -> None:
+        """Says once that no worker is left, and gives up when none comes."""
+        now = self.clock()
+        if self.backend.workers():
+            self._alone_since = None
+        elif self._alone_since is None:
+            self._alone_since = now
+            self.on_event("no worker is left; waiting for a new one")
+        elif now - self._alone_since > _ALONE_S:
+            raise no_workers(now - self._alone_since)
 
     def _lend(self) -> None:
         now = self.clock()

@@ -1,26 +1,14 @@
-"""Small shard sets to read, and to spoil."""
+"""Shard sets that the tests read, and spoil."""
 
 from __future__ import annotations
 
-import os
 import shutil
-import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
+from shard_sets import SPLITS, images
 
 from metadist.data import pack_arrays
-from metadist.seeding import Rng
-
-SPLITS = {"train": list(range(7)), "validation": [7, 8], "test": [9, 10, 11]}
-
-
-def images(classes: int = 12, examples: int = 6, size: int = 4, seed: int = 0) -> np.ndarray:
-    """uint8 ``[classes, examples, size, size]``."""
-    shape = (classes, examples, size, size)
-    return Rng(seed, "images").integers(256, int(np.prod(shape))).astype(np.uint8).reshape(shape)
 
 
 @pytest.fixture(scope="session")
@@ -35,29 +23,3 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def spoilt(packed: Path, tmp_path: Path) -> Path:
     """A copy of ``packed`` that a test may damage."""
     return Path(shutil.copytree(packed, tmp_path / "spoilt"))
-
-
-def draw_omniglot(root: Path, characters: int = 8, zipped: bool = True) -> Path:
-    """Eight made-up characters in the layout of Omniglot, half of them in each part."""
-    noise = Rng(1, "ink").integers(2, characters * 20 * 105 * 105).astype(bool).reshape(characters, 20, 105, 105)
-    for c in range(characters):
-        part = "images_background" if c < characters // 2 else "images_evaluation"
-        folder = root / part / f"Alpha{c % 2}" / f"character{c:02d}"
-        folder.mkdir(parents=True)
-        for d in range(20):
-            Image.fromarray(noise[c, d]).save(folder / f"{c:04d}_{d + 1:02d}.png")
-    if zipped:
-        for part in ("images_background", "images_evaluation"):
-            with zipfile.ZipFile(root / f"{part}.zip", "w") as archive:
-                for file in sorted((root / part).rglob("*.png")):
-                    archive.write(file, file.relative_to(root))
-            shutil.rmtree(root / part)
-    return root
-
-
-def real_omniglot() -> Path:
-    """The directory of METADIST_DATA; skips the test where there is none."""
-    root = os.environ.get("METADIST_DATA", "")
-    if not root or not (Path(root) / "omniglot").is_dir() or not (Path(root) / "omniglot-splits").is_dir():
-        pytest.skip("set METADIST_DATA to a directory with omniglot/ and omniglot-splits/ to run this on real data")
-    return Path(root)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from itertools import combinations
+from collections import Counter, deque
+from itertools import combinations, count
 
 import numpy as np
 import pytest
@@ -58,6 +58,22 @@ def test_known_answers() -> None:
     assert uniform.classes.tolist() == UNIFORM["classes"] and uniform.rows.tolist() == UNIFORM["rows"]
     window = WindowSampler(pool(30), 3, 2, window=8, reuse=0.5).draw(7, "train", [100_000])
     assert window.classes.tolist() == WINDOW["classes"] and window.rows.tolist() == WINDOW["rows"]
+
+
+def test_episode_100_000_of_the_window_by_seek_equals_replay() -> None:
+    """The replay knows no arithmetic: it lets 50,006 slots go through a queue, one by one."""
+    sampler = WindowSampler(pool(28), 3, 2, window=7, reuse=0.5)
+    slots = (int(c) for p in count() for c in Rng(5, "train/window", p).permutation(28))
+    held = deque((next(slots) for _ in range(7)), maxlen=7)
+    for e in range(1, 100_001):
+        if e % 2 == 0:
+            held.append(next(slots))
+    rng = Rng(5, "train", 100_000)
+    newest = [c for i, c in enumerate(held) if c not in list(held)[i + 1 :]]
+    classes = [newest[i] for i in rng.choice(len(newest), 3)]
+    draw = sampler.draw(5, "train", [100_000])
+    assert draw.classes[0].tolist() == classes
+    assert draw.rows[0].tolist() == [(6 * c + rng.choice(6, 2)).tolist() for c in classes]
 
 
 def test_a_batch_is_its_episodes_in_any_order() -> None:

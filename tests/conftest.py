@@ -1,0 +1,37 @@
+"""What every test may use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def metadist_data() -> Path:
+    """The folder of real data sets, from METADIST_DATA."""
+    value = os.environ.get("METADIST_DATA")
+    if not value:
+        pytest.skip("METADIST_DATA names no folder of data sets")
+    return Path(value)
+
+
+@pytest.fixture(scope="session")
+def omniglot_shards(metadist_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Omniglot as shards, packed once."""
+    from metadist.data import pack_omniglot
+
+    out = tmp_path_factory.mktemp("shards") / "omniglot"
+    pack_omniglot(metadist_data / "omniglot", out, splits_dir=metadist_data / "omniglot-splits")
+    return out
+
+
+@pytest.fixture(autouse=True)
+def _quiet_and_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One CPU thread, and no account of the person who runs the tests."""
+    torch.set_num_threads(1)
+    monkeypatch.setenv("WANDB_MODE", "offline")
