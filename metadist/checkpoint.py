@@ -163,9 +163,7 @@ def newest_whole_checkpoint(directory: Path) -> tuple[Checkpoint, list[str]]:
     raise CheckpointError(directory, "holds no whole checkpoint" + "".join(f"\n  {f}" for f in faults))
 
 
-def check_fits(
-    checkpoint: Checkpoint, layout: Layout, content_id: str | None, where: Path | str
-) -> None:
+def check_fits(checkpoint: Checkpoint, layout: Layout, content_id: str | None, where: Path | str) -> None:
     """Refuses a checkpoint of another model or another data set, naming what differs.
 
     Raises:
@@ -184,10 +182,15 @@ def check_fits(
         faults = ["its parameters are the same but come in another order"]
     if faults:
         more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
-        raise CheckpointError(where, "is of another model: " + "; ".join(faults[:3]) + more, "resume it with the model it was trained with")
+        raise CheckpointError(
+            where,
+            "is of another model: " + "; ".join(faults[:3]) + more,
+            "resume it with the model it was trained with",
+        )
     if content_id is not None and checkpoint.content_id is not None and content_id != checkpoint.content_id:
         raise CheckpointError(
-            where, f"was trained on data {checkpoint.content_id[:12]}, but tasks now name {content_id[:12]}",
+            where,
+            f"was trained on data {checkpoint.content_id[:12]}, but tasks now name {content_id[:12]}",
             "point tasks.path at the shard set it was trained on",
         )
 

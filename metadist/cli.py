@@ -14,6 +14,7 @@ import click
 from metadist.cli_data import data
 from metadist.errors import MetadistError
 
+
 class _Group(click.Group):
     """Turns our errors into one line and an exit code."""
 
@@ -45,7 +46,11 @@ def main() -> None:
 @main.command()
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
-@click.option("--run-dir", type=click.Path(path_type=Path), help="Where the run is kept; must not exist.  [default: runs/NAME-TIME]")
+@click.option(
+    "--run-dir",
+    type=click.Path(path_type=Path),
+    help="Where the run is kept; must not exist.  [default: runs/NAME-TIME]",
+)
 @click.option("--resume-if-exists", is_flag=True, help="Continue the run in --run-dir if there is one.")
 def train(config: Path, overrides: tuple[str, ...], run_dir: Path | None, resume_if_exists: bool) -> None:
     """Meta-train what CONFIG says.
@@ -96,7 +101,9 @@ def evaluate(run_dir: Path, episodes: int | None, as_json: bool) -> None:
     from metadist.training import evaluate as run_evaluate
 
     for result in run_evaluate(run_dir, episodes):
-        click.echo(json.dumps(result) if as_json else f"{result['run_dir']} at step {result['version']}: {judged(result)}")
+        click.echo(
+            json.dumps(result) if as_json else f"{result['run_dir']} at step {result['version']}: {judged(result)}"
+        )
 
 
 @main.command()

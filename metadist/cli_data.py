@@ -37,12 +37,22 @@ def pack() -> None:
 
 
 @pack.command()
-@click.option("--source", type=click.Path(path_type=Path), help="Folder with the two upstream zips, or unpacked; else they are downloaded.")
+@click.option(
+    "--source",
+    type=click.Path(path_type=Path),
+    help="Folder with the two upstream zips, or unpacked; else they are downloaded.",
+)
 @_OUT
 @click.option("--split", type=click.Choice(["vinyals", "random"]), default="vinyals", show_default=True)
-@click.option("--splits-dir", type=click.Path(path_type=Path), help="Folder with vinyals_{train,val,test}.txt; else beside the source, or downloaded.")
+@click.option(
+    "--splits-dir",
+    type=click.Path(path_type=Path),
+    help="Folder with vinyals_{train,val,test}.txt; else beside the source, or downloaded.",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the random split.")
-@click.option("--size", type=click.IntRange(1, 1024), default=28, show_default=True, help="Side of the pictures in pixels.")
+@click.option(
+    "--size", type=click.IntRange(1, 1024), default=28, show_default=True, help="Side of the pictures in pixels."
+)
 def omniglot(source: Path | None, out: Path, split: str, splits_dir: Path | None, seed: int, size: int) -> None:
     """Handwritten characters of 50 alphabets (Lake et al. 2015).
 
@@ -53,16 +63,24 @@ def omniglot(source: Path | None, out: Path, split: str, splits_dir: Path | None
     from metadist.data import pack_omniglot
 
     with _Progress("packing") as progress:
-        manifest = pack_omniglot(source, out, split=split, splits_dir=splits_dir, seed=seed, size=size, progress=progress)
+        manifest = pack_omniglot(
+            source, out, split=split, splits_dir=splits_dir, seed=seed, size=size, progress=progress
+        )
     _done(out, manifest)
 
 
 @pack.command()
-@click.option("--source", required=True, type=click.Path(path_type=Path), help="One folder of pictures a class, or split/class/.")
+@click.option(
+    "--source", required=True, type=click.Path(path_type=Path), help="One folder of pictures a class, or split/class/."
+)
 @_OUT
-@click.option("--size", type=click.IntRange(1, 4096), default=84, show_default=True, help="Side of the pictures in pixels.")
+@click.option(
+    "--size", type=click.IntRange(1, 4096), default=84, show_default=True, help="Side of the pictures in pixels."
+)
 @click.option("--gray", is_flag=True, help="One channel instead of three.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the random split of the classes.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the random split of the classes."
+)
 def folder(source: Path, out: Path, size: int, gray: bool, seed: int) -> None:
     """Pictures of your own, one folder a class.
 
@@ -119,7 +137,7 @@ def verify(directory: Path, as_json: bool) -> None:
     else:
         click.echo(
             f"{directory}: whole. {report['shards']} shards, {report['blocks']} blocks, {report['examples']} examples, "
-            f"{report['bytes']:,} bytes, content_id {report['content_id'][:12]}"
+            f"{report['bytes']:,} bytes, content_id {report['content_id'].removeprefix('sha256:')[:12]}"
         )
 
 
@@ -170,4 +188,7 @@ def _done(out: Path, manifest: Any) -> None:
     if manifest is None:
         raise DataError(out, "nothing was packed")
     parts = ", ".join(f"{len(members)} classes {split}" for split, members in manifest.splits.items())
-    click.echo(f"{out}: {parts}; {manifest.examples:,} examples in {len(manifest.shards)} shards, content_id {manifest.content_id[:12]}")
+    click.echo(
+        f"{out}: {parts}; {manifest.examples:,} examples in {len(manifest.shards)} shards, "
+        f"content_id {manifest.content_id.removeprefix('sha256:')[:12]}"
+    )

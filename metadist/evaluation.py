@@ -16,9 +16,7 @@ def evaluation_round(
     version: int, split: str, episodes: int, tasks_per_microbatch: int, query_shots: int | None
 ) -> Round:
     """The evaluation of one version on one split: the same episodes for every version and worker count."""
-    return Round(
-        "evaluate", version, split, f"evaluation/{split}", 0, episodes, tasks_per_microbatch, query_shots
-    )
+    return Round("evaluate", version, split, f"evaluation/{split}", 0, episodes, tasks_per_microbatch, query_shots)
 
 
 def summarise(metrics: Mapping[str, np.ndarray], metric: str, split: str, batchnorm: str) -> dict[str, Any]:

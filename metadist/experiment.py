@@ -15,6 +15,7 @@ from metadist.config.schema import ClassTasks, Config
 from metadist.episode import Episode
 from metadist.errors import ConfigError
 from metadist.inner import Engine, FunctionalModel, choose_strategy, compiler_missing
+from metadist.inner.engine import Strategy
 from metadist.models import MLP, Conv4
 from metadist.seeding import Rng
 from metadist.tasks.base import TaskSource
@@ -87,14 +88,14 @@ class Experiment:
         compiled, reason = self.config.engine.compile, ""
         if compiled and (reason := compiler_missing()):
             compiled = False
-        strategy = self.config.engine.strategy
+        strategy: str = self.config.engine.strategy
         if strategy == "auto":
             strategy, why = self._choose_strategy()
             reason = why or reason
         engine = self.config.engine.model_copy(update={"strategy": strategy, "compile": compiled})
         return replace(self, config=self.config.model_copy(update={"engine": engine}), _sources=self._sources), reason
 
-    def _choose_strategy(self) -> tuple[str, str]:
+    def _choose_strategy(self) -> tuple[Strategy, str]:
         learner = self.learner()
         batch = self.source(self.train_split).episodes(self.config.seed, "example", [0, 1])
         batch = batch.to("cpu", DTYPES[self.config.engine.precision])
@@ -142,8 +143,10 @@ class Experiment:
             return MLP(x[0].numel(), outputs, section.hidden)
         if x.dim() != 4:
             raise ConfigError(
-                "model.type", f"conv4 takes pictures, but the inputs of tasks.type {self.config.tasks.type} have "
-                f"shape {list(x.shape[1:])}", "use mlp"
+                "model.type",
+                f"conv4 takes pictures, but the inputs of tasks.type {self.config.tasks.type} have "
+                f"shape {list(x.shape[1:])}",
+                "use mlp",
             )
         return Conv4(x.shape[1], outputs, section.filters, section.downsample, tuple(x.shape[-2:]))  # type: ignore[arg-type]
 
@@ -184,7 +187,8 @@ def import_object(field_name: str, path: str) -> Any:
             target = getattr(target, part)
     except Exception as e:
         raise ConfigError(
-            field_name, f"{path} cannot be imported ({type(e).__name__}: {e})",
+            field_name,
+            f"{path} cannot be imported ({type(e).__name__}: {e})",
             "check its spelling, and that its folder is on PYTHONPATH",
         ) from e
     return target
@@ -207,5 +211,8 @@ def _checked(where: str, made: Any, wanted: type) -> Any:
 
 
 def _python_only(section: str, name: str) -> ConfigError:
-    return ConfigError(section, f"is {name}, which was passed from Python and has no import path",
-                       f"pass it again, for example metadist.load(RUN_DIR, {section}=...)")
+    return ConfigError(
+        section,
+        f"is {name}, which was passed from Python and has no import path",
+        f"pass it again, for example metadist.load(RUN_DIR, {section}=...)",
+    )

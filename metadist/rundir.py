@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
+import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +45,9 @@ class RunDirectory:
                 path = Path("runs") / f"{name}-{stamp}-{n}"
                 n += 1
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise RunDirError(path, "exists already", f"continue it with `metadist resume {path}`, or name another --run-dir")
+            raise RunDirError(
+                path, "exists already", f"continue it with `metadist resume {path}`, or name another --run-dir"
+            )
         run = cls(path)
         try:
             run.checkpoints.mkdir(parents=True)
@@ -65,12 +70,9 @@ class RunDirectory:
         return run
 
     def discard(self) -> None:
-        """Removes what :meth:`create` made, as long as nothing was written to it."""
-        for directory in (self.checkpoints, self.path):
-            try:
-                directory.rmdir()
-            except OSError:
-                return
+        """Removes what :meth:`create` made, as long as no checkpoint was written to it."""
+        if not any(self.checkpoints.iterdir()):
+            shutil.rmtree(self.path, ignore_errors=True)
 
     def save_config(self, config: Config) -> None:
         """Keeps the resolved config."""
@@ -100,18 +102,25 @@ class RunDirectory:
             RunDirError: a living process on this machine writes it already.
         """
         lock = self.path / ".writer"
-        try:
-            pid = int(lock.read_text())
-            os.kill(pid, 0)
-            if pid != os.getpid():
+        with contextlib.suppress(OSError, ValueError):
+            host, pid = lock.read_text().rsplit(" ", 1)
+            if host == socket.gethostname() and int(pid) != os.getpid() and _is_alive(int(pid)):
                 raise RunDirError(self.path, f"process {pid} is writing this run", "wait for it, or stop it first")
-        except (OSError, ValueError):
-            pass
-        write_atomically(lock, str(os.getpid()))
+        write_atomically(lock, f"{socket.gethostname()} {os.getpid()}")
 
     def release(self) -> None:
         """Takes the mark of :meth:`claim` away."""
         (self.path / ".writer").unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _known_runs() -> str:

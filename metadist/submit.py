@@ -10,7 +10,17 @@ from pathlib import Path
 from metadist.config import load_config
 from metadist.errors import ClusterError, ConfigError
 
-_EXCLUDES = [".git", ".venv", "runs", "**/__pycache__", "*.pyc", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis"]
+_EXCLUDES = [
+    ".git",
+    ".venv",
+    "runs",
+    "**/__pycache__",
+    "*.pyc",
+    ".mypy_cache",
+    ".ruff_cache",
+    ".pytest_cache",
+    ".hypothesis",
+]
 _POLL_S = 1.0
 
 
@@ -44,9 +54,20 @@ def submit(
     try:
         inside = config.resolve().relative_to(tree)
     except ValueError:
-        raise ConfigError(config, f"lies outside {tree}, which is what is sent", "run submit from a folder above it") from None
+        raise ConfigError(
+            config, f"lies outside {tree}, which is what is sent", "run submit from a folder above it"
+        ) from None
     client = _client(address)
-    words = ["python", "-m", "metadist.cli", "train", str(inside), *overrides, "runtime.type=ray", "runtime.address=auto"]
+    words = [
+        "python",
+        "-m",
+        "metadist.cli",
+        "train",
+        str(inside),
+        *overrides,
+        "runtime.type=ray",
+        "runtime.address=auto",
+    ]
     if run_dir is not None:
         words += ["--run-dir", run_dir, "--resume-if-exists"]
     job = client.submit_job(
@@ -66,8 +87,9 @@ def _client(address: str):  # type: ignore[no-untyped-def]
     except (ConnectionError, RuntimeError, ValueError) as e:
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise ClusterError(
-            "--address", f"no Ray dashboard answers at {address} ({reason})",
-            "give the dashboard's address, usually http://HOST:8265, and see that the head was started with its dashboard",
+            "--address",
+            f"no Ray dashboard answers at {address} ({reason})",
+            "give the dashboard's address, usually http://HOST:8265, and see that the head runs its dashboard",
         ) from e
 
 

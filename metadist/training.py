@@ -68,7 +68,7 @@ def train(experiment: Experiment, run_dir: Path | None = None) -> RunDirectory:
     try:
         with _Training(experiment, run) as training:
             training.run_all(None)
-    except MetadistError:
+    except BaseException:
         run.discard()
         raise
     return run
@@ -153,7 +153,9 @@ class _Training:
             for fault in faults:
                 self.trackers.message(f"passed over a damaged checkpoint: {fault}")
             if self.fallback_reason:
-                self.trackers.message(f"tasks are computed by the {self.config.engine.strategy}: {self.fallback_reason}")
+                self.trackers.message(
+                    f"tasks are computed by the {self.config.engine.strategy}: {self.fallback_reason}"
+                )
             self.controller = Controller(self.backend, self.config.runtime.lease_timeout_s, self.trackers.message)
             if not resumed:
                 self._checkpoint(snapshot)
@@ -172,7 +174,8 @@ class _Training:
         check_fits(checkpoint, self.layout, content_id, self.run.path)
         if checkpoint.version > self.config.outer.steps:
             raise RunDirError(
-                self.run.path, f"is at step {checkpoint.version}, past outer.steps={self.config.outer.steps}",
+                self.run.path,
+                f"is at step {checkpoint.version}, past outer.steps={self.config.outer.steps}",
                 f"raise it: `metadist resume {self.run.path} outer.steps=...`",
             )
         known = {k: v for k, v in checkpoint.progress.items() if k in Progress.__dataclass_fields__}
@@ -201,7 +204,7 @@ class _Training:
         info = RunInfo(
             run_dir=self.run.path, name=self.config.name, config=self.config.model_dump(mode="json"),
             total_steps=self.config.outer.steps, start_version=version, wandb_run_id=self.progress.wandb_run,
-            workers=len(self.backend.workers()), metric=self.metric,
+            workers=self.backend.describe()["workers"], metric=self.metric,
         )  # fmt: skip
         self.trackers.start(info)
         return wandb
@@ -231,7 +234,9 @@ class _Training:
                 if stop.signum is not None:
                     raise Interrupted(stop.signum)
                 if due["evaluate"]:
-                    self._evaluate(version, self.config.evaluation.validation_split, self.config.evaluation.validation_episodes)
+                    self._evaluate(
+                        version, self.config.evaluation.validation_split, self.config.evaluation.validation_episodes
+                    )
                     if version < self.config.outer.steps:
                         self.controller.begin(self._round(version))
 
@@ -247,7 +252,12 @@ class _Training:
         outer = self.config.outer
         split = self.experiment.train_split
         return Round(
-            "train", version, split, split, version * outer.meta_batch_size, outer.meta_batch_size,
+            "train",
+            version,
+            split,
+            split,
+            version * outer.meta_batch_size,
+            outer.meta_batch_size,
             int(outer.tasks_per_microbatch),
         )
 
@@ -267,9 +277,7 @@ class _Training:
         self.trackers.log(version, line)
 
     def _evaluate(self, version: int, split: str, episodes: int) -> dict[str, Any]:
-        round = evaluation_round(
-            version, split, episodes, _EVALUATION_MICROBATCH, self.config.evaluation.query_shots
-        )
+        round = evaluation_round(version, split, episodes, _EVALUATION_MICROBATCH, self.config.evaluation.query_shots)
         result = self.controller.run(round)
         summary = summarise(result.metrics, self.metric, split, self.learner.model.batchnorm)
         self.trackers.log_evaluation(version, summary)
@@ -278,8 +286,13 @@ class _Training:
     def _checkpoint(self, snapshot: dict[str, Any]) -> None:
         config = self.config
         save_checkpoint(
-            self.run.checkpoints, snapshot, self.layout, config.model_dump(mode="json"), self.content_id,
-            self._totals().__dict__, config.checkpoint.keep,
+            self.run.checkpoints,
+            snapshot,
+            self.layout,
+            config.model_dump(mode="json"),
+            self.content_id,
+            self._totals().__dict__,
+            config.checkpoint.keep,
         )
 
     def _totals(self) -> Progress:
@@ -313,7 +326,11 @@ class _Training:
             "releases": totals.releases,
             "wandb_run": totals.wandb_run,
             "content_id": self.content_id,
-            "runtime": {**self.backend.describe(), "torch": torch.__version__, "threads_per_worker": self.config.runtime.threads_per_worker},
+            "runtime": {
+                **self.backend.describe(),
+                "torch": torch.__version__,
+                "threads_per_worker": self.config.runtime.threads_per_worker,
+            },
         }
         self.run.save_summary(summary)
         self._pictures(meta_params)
@@ -378,9 +395,7 @@ def evaluate(
     yield {"run_dir": str(run_dir), "version": checkpoint.version, **result}
 
 
-def load_learner(
-    run_dir: Path, stand_ins: dict[str, Any] | None = None
-) -> tuple[Algorithm, Experiment, Checkpoint]:
+def load_learner(run_dir: Path, stand_ins: dict[str, Any] | None = None) -> tuple[Algorithm, Experiment, Checkpoint]:
     """The learner of a run with its newest checkpoint."""
     run = RunDirectory.open(run_dir)
     experiment = Experiment(run.load_config(), **(stand_ins or {}))

@@ -185,8 +185,14 @@ class MetaWorker:
 def _following(round: Round) -> Round:
     """The round that comes next, if nothing unusual happens."""
     return Round(
-        round.kind, round.version + 1, round.split, round.stream, round.first + round.tasks, round.tasks,
-        round.tasks_per_microbatch, round.query_shots,
+        round.kind,
+        round.version + 1,
+        round.split,
+        round.stream,
+        round.first + round.tasks,
+        round.tasks,
+        round.tasks_per_microbatch,
+        round.query_shots,
     )
 
 

@@ -16,7 +16,13 @@ from metadist.data import pack_arrays
 from tests.conftest import ROOT
 
 GLYPHS = str(ROOT / "configs" / "glyphs_maml.yaml")
-SHORT = ["runtime.type=local", "outer.steps=2", "evaluation.episodes=4", "evaluation.every=0", "tracking.wandb.mode=disabled"]
+SHORT = [
+    "runtime.type=local",
+    "outer.steps=2",
+    "evaluation.episodes=4",
+    "evaluation.every=0",
+    "tracking.wandb.mode=disabled",
+]
 
 
 @pytest.fixture
@@ -44,7 +50,16 @@ def refused(tmp_path: Path, arguments: list[str], code: int, *patterns: str) -> 
 
 def from_shards(shards: Path, *more: str) -> list[str]:
     config = str(ROOT / "configs" / "omniglot_5way1shot_maml.yaml")
-    return ["train", config, f"tasks.path={shards}", "tasks.train_split=train", "tasks.rotations=none", "engine.compile=false", *SHORT, *more]
+    return [
+        "train",
+        config,
+        f"tasks.path={shards}",
+        "tasks.train_split=train",
+        "tasks.rotations=none",
+        "engine.compile=false",
+        *SHORT,
+        *more,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +116,17 @@ def test_a_corrupt_image(tmp_path):
             Image.new("L", (30, 30), 40 * i).save(tmp_path / "pictures" / f"class{k}" / f"{i}.png")
     bad = tmp_path / "pictures" / "class1" / "2.png"
     bad.write_bytes(bad.read_bytes()[:40])
-    arguments = ["data", "pack", "folder", "--source", str(tmp_path / "pictures"), "--out", str(tmp_path / "out"), "--size", "28"]
+    arguments = [
+        "data",
+        "pack",
+        "folder",
+        "--source",
+        str(tmp_path / "pictures"),
+        "--out",
+        str(tmp_path / "out"),
+        "--size",
+        "28",
+    ]
     refused(tmp_path, arguments, 1, r"class1/2\.png")
 
 
@@ -119,11 +144,19 @@ def test_a_run_directory_that_does_not(tmp_path):
 
 def test_an_unreachable_ray_address(tmp_path):
     words = [*SHORT, "runtime.type=ray", "runtime.address=127.0.0.1:1"]
-    refused(tmp_path, ["train", GLYPHS, *words], 1, r"runtime\.address: no Ray cluster answers at 127\.0\.0\.1:1", "ray start --head")
+    refused(
+        tmp_path,
+        ["train", GLYPHS, *words],
+        1,
+        r"runtime\.address: no Ray cluster answers at 127\.0\.0\.1:1",
+        "ray start --head",
+    )
 
 
 def test_an_unreachable_dashboard(tmp_path):
-    refused(tmp_path, ["submit", GLYPHS, "--address", "http://127.0.0.1:1"], 2 if ROOT != Path.cwd() else 1, "127|outside")
+    refused(
+        tmp_path, ["submit", GLYPHS, "--address", "http://127.0.0.1:1"], 2 if Path.cwd() != ROOT else 1, "127|outside"
+    )
 
 
 def test_more_gpus_than_there_are():
@@ -131,7 +164,9 @@ def test_more_gpus_than_there_are():
     from metadist.errors import ClusterError
     from metadist.runtime.ray import plan_workers
 
-    with pytest.raises(ClusterError, match=r"runtime\.gpus_per_worker: 4 workers with 1 GPUs each need 4, the cluster has 2"):
+    with pytest.raises(
+        ClusterError, match=r"runtime\.gpus_per_worker: 4 workers with 1 GPUs each need 4, the cluster has 2"
+    ):
         plan_workers(RuntimeConfig(workers=4, gpus_per_worker=1), {"CPU": 8, "GPU": 2})
     assert plan_workers(RuntimeConfig(workers=4, gpus_per_worker=0.5), {"CPU": 8, "GPU": 2}) == (4, 0.5)
 
@@ -148,15 +183,30 @@ def test_a_model_that_does_not_fit_the_tasks(tmp_path):
 
 def test_user_code_that_cannot_be_imported(tmp_path):
     words = [*SHORT, "tasks.type=custom", "tasks.import_path=nowhere.at_all:Tasks"]
-    refused(tmp_path, ["train", GLYPHS, *words], 2, r"tasks\.import_path: nowhere\.at_all:Tasks cannot be imported", "PYTHONPATH")
+    refused(
+        tmp_path,
+        ["train", GLYPHS, *words],
+        2,
+        r"tasks\.import_path: nowhere\.at_all:Tasks cannot be imported",
+        "PYTHONPATH",
+    )
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_version(tmp_path):
-    words = [*SHORT, "outer.steps=8", "outer.meta_batch_size=4", "outer.optimizer=sgd", "outer.lr=1e37", "checkpoint.every=1"]
+    words = [
+        *SHORT,
+        "outer.steps=8",
+        "outer.meta_batch_size=4",
+        "outer.optimizer=sgd",
+        "outer.lr=1e37",
+        "checkpoint.every=1",
+    ]
     run_dir = tmp_path / "run"
     result = CliRunner().invoke(main, ["train", GLYPHS, *words, "--run-dir", str(run_dir)])
     assert result.exit_code == 1
-    assert re.search(r"step \d+: the loss or gradient of training episodes [\d, .]+ of split train is not finite", result.output)
+    assert re.search(
+        r"step \d+: the loss or gradient of training episodes [\d, .]+ of split train is not finite", result.output
+    )
     version = int((run_dir / "checkpoints" / "latest").read_text())
     failed = int(re.search(r"step (\d+): the loss", result.output)[1])
     assert version == failed - 1, "the last good version is the one before the failed step"

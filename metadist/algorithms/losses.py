@@ -48,7 +48,7 @@ def resolve_objective(loss: str | LossFunction, target: Tensor) -> Objective:
     """
     integers = not target.is_floating_point()
     if isinstance(loss, str):
-        return _NAMED[loss] if loss in _NAMED else (CROSS_ENTROPY if integers else MEAN_SQUARED_ERROR)
+        return _NAMED.get(loss, CROSS_ENTROPY if integers else MEAN_SQUARED_ERROR)
     if loss in _KNOWN_FUNCTIONS:
         return _KNOWN_FUNCTIONS[loss]
     return Objective(loss, "accuracy", True) if integers else Objective(loss, "task_loss", False)

@@ -216,7 +216,9 @@ class RuntimeConfig(Section):
         "auto", description="GPUs of each worker, fractions allowed; auto: one where there are any"
     )
     threads_per_worker: Positive = Field(1, description="CPU threads of each worker; changes the last bits")
-    address: str | None = Field(None, description="a running cluster (auto, HOST:PORT, ray://...); null: start one here")
+    address: str | None = Field(
+        None, description="a running cluster (auto, HOST:PORT, ray://...); null: start one here"
+    )
     lease_timeout_s: Rate = Field(300.0, description="silence after which a microbatch is leased a second time")
     worker_logs: bool = Field(False, description="show what workers print")
     max_worker_restarts: Natural = Field(20, description="dead workers replaced before the run gives up")

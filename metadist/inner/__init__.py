@@ -6,4 +6,13 @@ from metadist.inner.engine import Engine, TaskGradients, choose_strategy
 from metadist.inner.functional import FunctionalModel, Tensors
 from metadist.inner.gradients import gradients
 
-__all__ = ["Engine", "FunctionalModel", "InnerProblem", "TaskGradients", "Tensors", "choose_strategy", "compiler_missing", "gradients"]
+__all__ = [
+    "Engine",
+    "FunctionalModel",
+    "InnerProblem",
+    "TaskGradients",
+    "Tensors",
+    "choose_strategy",
+    "compiler_missing",
+    "gradients",
+]

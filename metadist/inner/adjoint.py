@@ -65,7 +65,7 @@ def meta_gradient(
     for k in range(problem.steps):
         trajectory.append(fast)
         if k == problem.steps - 1 and not problem.first_order:
-            fast, back = vjp(lambda s, f: problem.step(s, f, support), shared, fast)
+            fast, back = vjp(lambda s, f: problem.step(s, f, support), shared, fast)  # type: ignore[misc]
         else:
             fast = problem.step(shared, fast, support)
 
@@ -75,7 +75,7 @@ def meta_gradient(
 
     for k in reversed(range(problem.steps)):
         if back is None:
-            _, back = vjp(lambda s, f: problem.step(s, f, support), shared, trajectory[k])
+            _, back = vjp(lambda s, f: problem.step(s, f, support), shared, trajectory[k])  # type: ignore[misc]
         d_shared, v = back(v)
         g_shared = {name: g_shared[name] + d_shared[name] for name in g_shared}
         back = None

@@ -27,9 +27,7 @@ class FunctionalModel:
         dtype: of floating-point parameters and buffers; None leaves them.
     """
 
-    def __init__(
-        self, module: nn.Module, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, module: nn.Module, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> None:
         self.module = copy.deepcopy(module).to(device=device, dtype=dtype)
         self.device = torch.device(device)
         self.has_batchnorm = _use_batch_statistics(self.module)

@@ -40,21 +40,20 @@ class Conv4(nn.Module):
         blocks = []
         for i in range(4):
             stride = 2 if downsample == "stride" else 1
-            block: OrderedDict[str, nn.Module] = OrderedDict(
+            layers: OrderedDict[str, nn.Module] = OrderedDict(
                 conv=nn.Conv2d(in_channels if i == 0 else filters, filters, 3, stride=stride, padding=1, bias=False),
                 norm=nn.BatchNorm2d(filters, track_running_stats=False),
                 relu=nn.ReLU(),
             )
             if downsample == "max_pool":
-                block["pool"] = nn.MaxPool2d(2)
-            blocks.append(nn.Sequential(block))
+                layers["pool"] = nn.MaxPool2d(2)
+            nn.init.xavier_uniform_(layers["conv"].weight)  # type: ignore[arg-type]
+            blocks.append(nn.Sequential(layers))
         self.blocks = nn.Sequential(*blocks)
         positions = 1 if downsample == "stride" else (image_size[0] // 16) * (image_size[1] // 16)
         if positions < 1:
             raise ValueError(f"max_pool halves four times, so pictures of {image_size} are too small; use 16 or more")
         self.head = nn.Linear(filters * positions, out_features)
-        for block in self.blocks:
-            nn.init.xavier_uniform_(block.conv.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         features = self.blocks(x)

@@ -31,7 +31,9 @@ class Layout:
         for name, t in tensors.items():
             if not t.is_floating_point():
                 raise ValueError(f"meta-parameter {name!r} is {t.dtype}; only floating-point tensors can be learned")
-        return cls(tuple(tensors), tuple(tuple(t.shape) for t in tensors.values()), tuple(t.dtype for t in tensors.values()))
+        return cls(
+            tuple(tensors), tuple(tuple(t.shape) for t in tensors.values()), tuple(t.dtype for t in tensors.values())
+        )
 
     @property
     def sizes(self) -> list[int]:
@@ -71,7 +73,7 @@ class Block(NamedTuple):
     """A node of the summation tree: microbatches ``[index * 2**level, (index + 1) * 2**level)``."""
 
     level: int
-    index: int
+    index: int  # type: ignore[assignment]  # it hides tuple.index, which nobody needs
 
 
 class TreeSum:

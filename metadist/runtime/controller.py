@@ -158,4 +158,6 @@ def means(metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
 
 def no_workers(waited_s: float) -> ClusterError:
     """The error of a run that has nobody left to compute."""
-    return ClusterError("runtime", f"no worker became ready in {waited_s:.0f} s", "look at the cluster with `ray status`")
+    return ClusterError(
+        "runtime", f"no worker became ready in {waited_s:.0f} s", "look at the cluster with `ray status`"
+    )

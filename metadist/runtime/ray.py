@@ -117,7 +117,8 @@ class RayBackend:
         while not self.workers():
             if time.monotonic() > deadline:
                 raise ClusterError(
-                    "runtime", f"no worker became ready in {_START_TIMEOUT_S:.0f} s",
+                    "runtime",
+                    f"no worker became ready in {_START_TIMEOUT_S:.0f} s",
                     "see what the cluster has with `ray status`, or lower runtime.workers",
                 )
             self.wait(1.0)
@@ -130,6 +131,8 @@ class RayBackend:
 
     def lease(self, worker: int, lease: Lease) -> None:
         handle = self._handles[worker]
+        report: ObjectRef
+        gradients: ObjectRef
         report, gradients = handle.actor.compute.options(num_returns=2).remote(lease, self._weights)
         handle.answers[report] = (lease, gradients)
 
@@ -153,6 +156,8 @@ class RayBackend:
     def commit(self, version: int, tasks: int) -> dict[str, float]:
         assert self._server is not None
         adding, self._adding = self._adding, []
+        weights: ObjectRef
+        stats: ObjectRef
         weights, stats = self._server.commit.options(num_returns=2).remote(version, tasks)
         self._from_server([*adding])
         result: dict[str, float] = self._from_server(stats)
@@ -169,7 +174,13 @@ class RayBackend:
 
     def describe(self) -> dict[str, Any]:
         device = "cuda" if self._gpus else "cpu"
-        return {"type": "ray", "ray": ray.__version__, "workers": self._workers, "device": device, "gpus_per_worker": self._gpus}
+        return {
+            "type": "ray",
+            "ray": ray.__version__,
+            "workers": self._workers,
+            "device": device,
+            "gpus_per_worker": self._gpus,
+        }
 
     def close(self) -> None:
         for handle in self._handles.values():
@@ -184,7 +195,12 @@ class RayBackend:
     # ----------------------------------------------------------------- workers
 
     def _hire(self) -> None:
-        options = {"num_cpus": self._runtime.threads_per_worker, "num_gpus": self._gpus, "max_restarts": 0, "max_task_retries": 0}
+        options = {
+            "num_cpus": self._runtime.threads_per_worker,
+            "num_gpus": self._gpus,
+            "max_restarts": 0,
+            "max_task_retries": 0,
+        }
         actor = _Worker.options(**options).remote(self._experiment_ref, "cuda" if self._gpus else "cpu")  # type: ignore[attr-defined]
         self._handles[self._next_worker] = _Handle(actor, actor.ready.remote())
         self._next_worker += 1
@@ -212,7 +228,8 @@ class RayBackend:
         self._restarts["worker"] += 1
         if self._restarts["worker"] > self._runtime.max_worker_restarts:
             raise ClusterError(
-                "runtime", f"{self._restarts['worker']} workers died, the last of: {_first_line(error)}",
+                "runtime",
+                f"{self._restarts['worker']} workers died, the last of: {_first_line(error)}",
                 "raise runtime.max_worker_restarts if that is to be expected; memory is the usual cause",
             )
         self._hire()
@@ -225,7 +242,9 @@ class RayBackend:
             raise _cause(e) from e
         except RayError as e:
             raise ClusterError(
-                "parameter server", f"is gone ({_first_line(e)})", "go on from the last checkpoint with `metadist resume`"
+                "parameter server",
+                f"is gone ({_first_line(e)})",
+                "go on from the last checkpoint with `metadist resume`",
             ) from e
 
 
@@ -238,12 +257,19 @@ def connect(runtime: RuntimeConfig) -> bool:
         "OMP_NUM_THREADS": str(runtime.threads_per_worker),
         "PYTHONPATH": os.pathsep.join(dict.fromkeys([os.getcwd(), *filter(None, sys.path)])),
     }
-    common: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": runtime.worker_logs, "configure_logging": True}
+    common: dict[str, Any] = {
+        "logging_level": logging.ERROR,
+        "log_to_driver": runtime.worker_logs,
+        "configure_logging": True,
+    }
     if runtime.address is None:
         workers = _local_workers(runtime)
         ray.init(
-            address="local", include_dashboard=False, num_cpus=max(workers * runtime.threads_per_worker, 1),
-            runtime_env={"env_vars": environment}, **common,
+            address="local",
+            include_dashboard=False,
+            num_cpus=max(workers * runtime.threads_per_worker, 1),
+            runtime_env={"env_vars": environment},
+            **common,
         )
         _protect_token()
         return True
@@ -268,12 +294,14 @@ def plan_workers(runtime: RuntimeConfig, resources: dict[str, float]) -> tuple[i
     workers = max(1, fit) if runtime.workers == "auto" else runtime.workers
     if each and fit < workers:
         raise ClusterError(
-            "runtime.gpus_per_worker", f"{workers} workers with {each:g} GPUs each need {workers * each:g}, the cluster has {gpus:g}",
+            "runtime.gpus_per_worker",
+            f"{workers} workers with {each:g} GPUs each need {workers * each:g}, the cluster has {gpus:g}",
             "lower runtime.workers or runtime.gpus_per_worker (fractions share a GPU), or write gpus_per_worker: 0",
         )
     if runtime.address is not None and cpus < workers * runtime.threads_per_worker:
         raise ClusterError(
-            "runtime.workers", f"{workers} workers need {workers * runtime.threads_per_worker} CPUs, the cluster has {cpus:g}",
+            "runtime.workers",
+            f"{workers} workers need {workers * runtime.threads_per_worker} CPUs, the cluster has {cpus:g}",
             "lower runtime.workers or write auto",
         )
     return workers, each
@@ -300,7 +328,8 @@ def _check_reachable(address: str) -> None:
 
 def _unreachable(address: str, why: str) -> ClusterError:
     return ClusterError(
-        "runtime.address", f"no Ray cluster answers at {address} ({why})",
+        "runtime.address",
+        f"no Ray cluster answers at {address} ({why})",
         "check the address, start a head with `ray start --head`, or write address: null to start one here",
     )
 

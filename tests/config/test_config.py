@@ -43,8 +43,10 @@ def fault(text: str, *overrides: str) -> str:
         (LEAST + "outr: {}", "outr: there is no such field; did you mean outer?"),
         (LEAST + "tracking: {wandb: {mod: x}}", "tracking.wandb.mod: there is no such field; did you mean mode?"),
         (LEAST.replace("glyphs", "glyphs, way: 3"), "tasks.way: there is no such field; did you mean ways?"),
-        (SHARDS % "sampler: {type: window, blcks: 3}",
-         "tasks.sampler.blcks: there is no such field; did you mean blocks?"),
+        (
+            SHARDS % "sampler: {type: window, blcks: 3}",
+            "tasks.sampler.blcks: there is no such field; did you mean blocks?",
+        ),
         (LEAST + "checkpoint: {zzzz: 3}", "checkpoint.zzzz: there is no such field; choose one of every, keep"),
     ],
     ids=["field", "section", "nested", "in a family", "in a family within a family", "nothing near"],

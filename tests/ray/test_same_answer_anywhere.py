@@ -32,7 +32,16 @@ def words(shards: Path, **changes: object) -> list[str]:
 
 def command(shards: Path, run_dir: Path, **changes: object) -> list[str]:
     config = ROOT / "configs" / "omniglot_5way1shot_maml.yaml"
-    return [sys.executable, "-m", "metadist.cli", "train", str(config), *words(shards, **changes), "--run-dir", str(run_dir)]
+    return [
+        sys.executable,
+        "-m",
+        "metadist.cli",
+        "train",
+        str(config),
+        *words(shards, **changes),
+        "--run-dir",
+        str(run_dir),
+    ]
 
 
 def run(shards: Path, run_dir: Path, **changes: object) -> dict:
@@ -50,7 +59,10 @@ def undisturbed(omniglot_shards: Path, tmp_path_factory: pytest.TempPathFactory)
 def numbers(run_dir: Path) -> list[str]:
     """The lines of metrics.jsonl without what depends on the clock."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [json.dumps({k: x[k] for k in ("version", "loss", "accuracy", "pre_adaptation_loss", "grad_norm")}) for x in lines]
+    return [
+        json.dumps({k: x[k] for k in ("version", "loss", "accuracy", "pre_adaptation_loss", "grad_norm")})
+        for x in lines
+    ]
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
@@ -69,7 +81,12 @@ def test_a_killed_and_resumed_run_gives_the_same_bits(omniglot_shards, undisturb
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (run_dir / "summary.json").exists(), "the kill came too late to test anything"
-    subprocess.run([sys.executable, "-m", "metadist.cli", "resume", str(run_dir), "runtime.type=ray", "runtime.workers=2"], check=True, timeout=240, cwd=ROOT)
+    subprocess.run(
+        [sys.executable, "-m", "metadist.cli", "resume", str(run_dir), "runtime.type=ray", "runtime.workers=2"],
+        check=True,
+        timeout=240,
+        cwd=ROOT,
+    )
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["meta_params_sha256"] == undisturbed[0]["meta_params_sha256"]
     assert summary["restarts"]["driver"] == 1
@@ -78,7 +95,9 @@ def test_a_killed_and_resumed_run_gives_the_same_bits(omniglot_shards, undisturb
 
 def test_a_worker_killed_in_the_middle_changes_nothing(omniglot_shards, undisturbed, tmp_path):
     run_dir = tmp_path / "run"
-    process = subprocess.Popen(command(omniglot_shards, run_dir, **{"runtime.type": "ray", "runtime.workers": 2}), cwd=ROOT)
+    process = subprocess.Popen(
+        command(omniglot_shards, run_dir, **{"runtime.type": "ray", "runtime.workers": 2}), cwd=ROOT
+    )
     wait_for_step(run_dir, 3, process)
     os.kill(a_worker_of(process.pid), signal.SIGKILL)
     assert process.wait(timeout=240) == 0
@@ -96,7 +115,9 @@ def test_ctrl_c_leaves_a_run_that_resumes_to_the_same_bits(omniglot_shards, undi
     stopped_at = int((run_dir / "checkpoints" / "latest").read_text())
     assert stopped_at == len(numbers(run_dir)) < STEPS
     subprocess.run([sys.executable, "-m", "metadist.cli", "resume", str(run_dir)], check=True, timeout=240, cwd=ROOT)
-    assert json.loads((run_dir / "summary.json").read_text())["meta_params_sha256"] == undisturbed[0]["meta_params_sha256"]
+    assert (
+        json.loads((run_dir / "summary.json").read_text())["meta_params_sha256"] == undisturbed[0]["meta_params_sha256"]
+    )
 
 
 def test_the_check_notices_another_order_of_summation(omniglot_shards, undisturbed, tmp_path, monkeypatch):
@@ -114,7 +135,9 @@ def test_the_check_notices_another_order_of_summation(omniglot_shards, undisturb
 def test_the_check_notices_another_seeding(omniglot_shards, undisturbed, tmp_path, monkeypatch):
     from metadist.worker import Round
 
-    monkeypatch.setattr(Round, "episodes", lambda self, m: range(m * self.tasks_per_microbatch, (m + 1) * self.tasks_per_microbatch))
+    monkeypatch.setattr(
+        Round, "episodes", lambda self, m: range(m * self.tasks_per_microbatch, (m + 1) * self.tasks_per_microbatch)
+    )
     assert in_process(omniglot_shards, tmp_path)["meta_params_sha256"] != undisturbed[0]["meta_params_sha256"]
 
 
@@ -133,7 +156,15 @@ def test_the_check_notices_a_forgotten_optimizer_state(omniglot_shards, undistur
 
 def in_process(shards: Path, tmp_path: Path, until: int = STEPS) -> dict:
     config = str(ROOT / "configs" / "omniglot_5way1shot_maml.yaml")
-    invoke(["train", config, *words(shards, **{"runtime.type": "local", "outer.steps": until}), "--run-dir", str(tmp_path / "run")])
+    invoke(
+        [
+            "train",
+            config,
+            *words(shards, **{"runtime.type": "local", "outer.steps": until}),
+            "--run-dir",
+            str(tmp_path / "run"),
+        ]
+    )
     return json.loads((tmp_path / "run" / "summary.json").read_text())
 
 
@@ -159,7 +190,12 @@ def a_worker_of(driver: int) -> int:
     listing = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
     session = subprocess.run(["pgrep", "-P", str(driver)], capture_output=True, text=True, check=True).stdout.split()
     parents = set(session)
-    ppids = dict(line.split() for line in subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout.splitlines())
+    ppids = dict(
+        line.split()
+        for line in subprocess.run(
+            ["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True
+        ).stdout.splitlines()
+    )
     found = []
     for line in listing.splitlines():
         pid, _, args = line.strip().partition(" ")

@@ -66,7 +66,7 @@ def test_a_submitted_job_runs_to_its_end_and_streams_its_log(head, tmp_path):
     assert summary["version"] == 4 and summary["workers"] == 2 and summary["runtime"]["type"] == "ray"
 
     failed = subprocess.run(
-        [sys.executable, "-m", "metadist.cli", "submit", "configs/glyphs_maml.yaml", "tasks.ways=100000", "--address", head],
+        [sys.executable, "-m", "metadist.cli", "submit", words[0], "tasks.ways=100000", "--address", head],
         cwd=tree, capture_output=True, text=True, timeout=280, env={**os.environ, "RAY_AUTH_MODE": "disabled"},
     )  # fmt: skip
     assert failed.returncode == 1, failed.stdout + failed.stderr
