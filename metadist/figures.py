@@ -211,7 +211,7 @@ def _spread(labels: np.ndarray, most: int) -> np.ndarray:
 
 def _query_title(before: np.ndarray | None, after: np.ndarray | None) -> str:
     if before is not None and after is not None:
-        return "query: read as, before → after adaptation (true if wrong)"
+        return "query: read as, before → after (true if wrong)"
     return "query (true)" if before is None and after is None else "query: read as (true if wrong)"
 
 

@@ -22,6 +22,7 @@ _EXCLUDES = [
     ".hypothesis",
 ]
 _POLL_S = 1.0
+_AGENT_TIMEOUT_S = 120.0
 
 
 def submit(
@@ -70,11 +71,7 @@ def submit(
     ]
     if run_dir is not None:
         words += ["--run-dir", run_dir, "--resume-if-exists"]
-    job = client.submit_job(
-        entrypoint=shlex.join(words),
-        runtime_env={"working_dir": str(tree), "excludes": _EXCLUDES},
-        metadata={"metadist_config": str(inside)},
-    )
+    job = _send(client, shlex.join(words), tree, str(inside))
     out(f"submitted {job} to {address}\n")
     return _follow(client, job, out)
 
@@ -85,12 +82,32 @@ def _client(address: str):  # type: ignore[no-untyped-def]
     try:
         return JobSubmissionClient(address)
     except (ConnectionError, RuntimeError, ValueError) as e:
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise ClusterError(
             "--address",
-            f"no Ray dashboard answers at {address} ({reason})",
+            f"no Ray dashboard answers at {address} ({_line(e)})",
             "give the dashboard's address, usually http://HOST:8265, and see that the head runs its dashboard",
         ) from e
+
+
+def _send(client, entrypoint: str, tree: Path, config: str) -> str:  # type: ignore[no-untyped-def]
+    """Submits the job; a head that has just started has no agent to take it for some seconds."""
+    deadline = time.monotonic() + _AGENT_TIMEOUT_S
+    while True:
+        try:
+            return client.submit_job(
+                entrypoint=entrypoint,
+                runtime_env={"working_dir": str(tree), "excludes": _EXCLUDES},
+                metadata={"metadist_config": config},
+            )
+        except RuntimeError as e:
+            if "No available agent" not in str(e) or time.monotonic() > deadline:
+                raise ClusterError("--address", f"the cluster did not take the job ({_line(e)})") from e
+        time.sleep(_POLL_S)
+
+
+def _line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _follow(client, job: str, out: Callable[[str], None]) -> int:  # type: ignore[no-untyped-def]

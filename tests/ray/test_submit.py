@@ -27,13 +27,26 @@ def free_port() -> int:
 def head(tmp_path):
     """A Ray head of its own: started, waited for, and stopped without touching any other on the machine."""
     port, dashboard = free_port(), free_port()
-    ray = str(Path(sys.executable).parent / "ray")
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    binaries = str(Path(sys.executable).parent)
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
+    # Every port its own: another Ray may be running on this machine.
+    flags = {
+        "port": port,
+        "dashboard-host": "127.0.0.1",
+        "dashboard-port": dashboard,
+        "dashboard-agent-listen-port": free_port(),
+        "ray-client-server-port": free_port(),
+        "node-ip-address": "127.0.0.1",
+        "num-cpus": 3,
+    }
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     process = subprocess.Popen(
-        [ray, "start", "--head", "--block", "--port", str(port), "--dashboard-host", "127.0.0.1", "--dashboard-port",
-         str(dashboard), "--num-cpus", "3", "--disable-usage-stats", "--node-ip-address", "127.0.0.1"],
-        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
+        [f"{binaries}/ray", "start", "--head", "--block", "--disable-usage-stats", *words],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     url = f"http://127.0.0.1:{dashboard}"
     for _ in range(120):
         try:
