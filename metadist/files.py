@@ -40,15 +40,20 @@ def whole_directory(path: Path) -> Iterator[Path]:
     try:
         yield partial
         os.chmod(partial, 0o777 & ~_umask())
-        for directory, _, names in os.walk(partial):
-            for name in names:
-                _sync(Path(directory, name))
-            sync_directory(Path(directory))
+        sync_files(partial)
         os.rename(partial, path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     sync_directory(path.parent)
+
+
+def sync_files(path: Path) -> None:
+    """Waits until everything in a directory is on the disk, so that a rename seen later has its content."""
+    for directory, _, names in os.walk(path):
+        for name in names:
+            _sync(Path(directory, name))
+        sync_directory(Path(directory))
 
 
 def sync_directory(path: Path) -> None:

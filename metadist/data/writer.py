@@ -32,6 +32,7 @@ from metadist.data.manifest import (
 )
 from metadist.data.shards import block_key
 from metadist.errors import DataError
+from metadist.files import sync_directory, sync_files
 
 SHARD_BYTES = 64 << 20
 
@@ -116,7 +117,7 @@ def new_directory(out: Path) -> Iterator[Path]:
         raise _unwritable(out, e) from e
     try:
         yield part
-        _sync(part)
+        sync_files(part)
         part.chmod(0o755)
         _publish(part, out)
     except OSError as e:
@@ -144,26 +145,7 @@ def _publish(part: Path, out: Path) -> None:
         if e.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise _exists(out) from None
         raise
-    _sync_directory(out.parent)
-
-
-def _sync(directory: Path) -> None:
-    """Waits until every file is on the disk, so that a rename seen after a power cut has its content."""
-    for file in directory.iterdir():
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    _sync_directory(directory)
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_directory(out.parent)
 
 
 def file_entry(path: Path) -> ShardFile:
