@@ -100,10 +100,9 @@ def evaluate(run_dir: Path, episodes: int | None, as_json: bool) -> None:
     from metadist.tracking.console import judged
     from metadist.training import evaluate as run_evaluate
 
-    for result in run_evaluate(run_dir, episodes):
-        click.echo(
-            json.dumps(result) if as_json else f"{result['run_dir']} at step {result['version']}: {judged(result)}"
-        )
+    result = run_evaluate(run_dir, episodes)
+    where = f"{result['run_dir']} at step {result['version']}"
+    click.echo(json.dumps(result) if as_json else f"{where}: {judged(result)}")
 
 
 @main.command()

@@ -5,6 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type where it has none: enough of somebody else's error."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 class MetadistError(Exception):
     """A failure the user can act on; the command line prints it without a traceback.
 

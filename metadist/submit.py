@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from metadist.config import load_config
-from metadist.errors import ClusterError, ConfigError
+from metadist.errors import ClusterError, ConfigError, first_line
 
 _EXCLUDES = [
     ".git",
@@ -84,7 +84,7 @@ def _client(address: str):  # type: ignore[no-untyped-def]
     except (ConnectionError, RuntimeError, ValueError) as e:
         raise ClusterError(
             "--address",
-            f"no Ray dashboard answers at {address} ({_line(e)})",
+            f"no Ray dashboard answers at {address} ({first_line(e)})",
             "give the dashboard's address, usually http://HOST:8265, and see that the head runs its dashboard",
         ) from e
 
@@ -101,13 +101,8 @@ def _send(client, entrypoint: str, tree: Path, config: str) -> str:  # type: ign
             )
         except RuntimeError as e:
             if "No available agent" not in str(e) or time.monotonic() > deadline:
-                raise ClusterError("--address", f"the cluster did not take the job ({_line(e)})") from e
+                raise ClusterError("--address", f"the cluster did not take the job ({first_line(e)})") from e
         time.sleep(_POLL_S)
-
-
-def _line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def _follow(client, job: str, out: Callable[[str], None]) -> int:  # type: ignore[no-untyped-def]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -111,7 +110,6 @@ class _Training:
         self.fallback_reason = reason
         self.progress = Progress()
         self.backend: Backend | None = None
-        self.finished = False
 
     def __enter__(self) -> _Training:
         return self
@@ -217,7 +215,6 @@ class _Training:
             if version < self.config.outer.steps:
                 self.controller.begin(self._round(version))
             while version < self.config.outer.steps:
-                round_started = time.perf_counter()
                 result = self.controller.finish()
                 assert self.backend is not None
                 before = time.perf_counter()
@@ -228,7 +225,7 @@ class _Training:
                 snapshot = self.backend.snapshot() if due["checkpoint"] else None
                 if version < self.config.outer.steps and not due["evaluate"] and stop.signum is None:
                     self.controller.begin(self._round(version))
-                self._record(version, result, stats, server_s, round_started)
+                self._record(version, result, stats, server_s)
                 if snapshot is not None:
                     self._checkpoint(snapshot)
                 if stop.signum is not None:
@@ -261,9 +258,7 @@ class _Training:
             int(outer.tasks_per_microbatch),
         )
 
-    def _record(
-        self, version: int, result: RoundResult, stats: dict[str, float], server_s: float, round_started: float
-    ) -> None:
+    def _record(self, version: int, result: RoundResult, stats: dict[str, float], server_s: float) -> None:
         assert self.backend is not None
         tasks = self.config.outer.meta_batch_size
         step_s = max(result.seconds + server_s, 1e-9)
@@ -374,10 +369,8 @@ class _StopSignals(contextlib.AbstractContextManager["_StopSignals"]):
         self.signum = signum
 
 
-def evaluate(
-    run_dir: Path, episodes: int | None = None, stand_ins: dict[str, Any] | None = None
-) -> Iterator[dict[str, Any]]:
-    """Evaluates the newest checkpoint of a run in this process; yields its result."""
+def evaluate(run_dir: Path, episodes: int | None = None, stand_ins: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The evaluation of a run's newest checkpoint, computed in this process."""
     learner, experiment, checkpoint = load_learner(run_dir, stand_ins)
     config = experiment.config.evaluation
     count = episodes or config.episodes
@@ -392,7 +385,7 @@ def evaluate(
                 pieces.setdefault(name, []).append(values.double().numpy().reshape(-1))
     metrics = {k: np.concatenate(v) for k, v in pieces.items()}
     result = summarise(metrics, learner.objective.metric, config.split, learner.model.batchnorm)
-    yield {"run_dir": str(run_dir), "version": checkpoint.version, **result}
+    return {"run_dir": str(run_dir), "version": checkpoint.version, **result}
 
 
 def load_learner(run_dir: Path, stand_ins: dict[str, Any] | None = None) -> tuple[Algorithm, Experiment, Checkpoint]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from metadist.episode import EpisodeBatch, Examples
+from metadist.errors import first_line
 from metadist.inner import adjoint
 from metadist.inner.adjoint import InnerProblem
 from metadist.inner.compiled import CompiledFunction
@@ -65,16 +67,12 @@ class Engine:
             run = self._compiled_for(problem) if self.compile else functools.partial(_vectorised, problem)
             return TaskGradients(*run(shared, fast, batch.support, batch.query))
 
-        def one(support: Examples, query: Examples) -> tuple[Tensors, Tensors, Any]:
-            if self.strategy == "loop":
-                with recorded():
-                    return adjoint.loop_meta_gradient(problem, shared, fast, support, query)
-            return adjoint.meta_gradient(problem, shared, fast, support, query)
-
+        one = adjoint.loop_meta_gradient if self.strategy == "loop" else adjoint.meta_gradient
         total: tuple[Tensors, Tensors] | None = None
         extras = []
         for episode in batch:
-            *grads, extra = one(episode.support, episode.query)
+            with self._gradients():
+                *grads, extra = one(problem, shared, fast, episode.support, episode.query)
             extras.append(_detached(extra))
             total = (grads[0], grads[1]) if total is None else (_add(total[0], grads[0]), _add(total[1], grads[1]))
         assert total is not None, "a batch has at least one task"
@@ -91,12 +89,13 @@ class Engine:
             return _detached(vmap(fn)(batch.support, batch.query))
         results = []
         for episode in batch:
-            if self.strategy == "loop":
-                with recorded():
-                    results.append(_detached(fn(episode.support, episode.query)))
-            else:
+            with self._gradients():
                 results.append(_detached(fn(episode.support, episode.query)))
         return _stack(results)
+
+    def _gradients(self) -> contextlib.AbstractContextManager[None]:
+        """How inner steps take their gradients: recorded by autograd in the loop, by torch.func elsewhere."""
+        return recorded() if self.strategy == "loop" else contextlib.nullcontext()
 
 
 def choose_strategy(model: FunctionalModel, probe: Callable[[Engine], Any]) -> tuple[Strategy, str]:
@@ -119,7 +118,7 @@ def choose_strategy(model: FunctionalModel, probe: Callable[[Engine], Any]) -> t
             # Not every module that draws shows it by its type: F.dropout, the dropout of an LSTM.
             return (strategy, reason) if torch.equal(drawn, torch.get_rng_state()) else ("loop", random)
         except (RuntimeError, NotImplementedError, TypeError) as e:
-            reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+            reason = first_line(e)
             log.debug("strategy %s is out: %s", strategy, reason)
     return "loop", reason
 

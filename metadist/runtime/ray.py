@@ -24,7 +24,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from metadist.config.schema import RuntimeConfig
-from metadist.errors import ClusterError, MetadistError
+from metadist.errors import ClusterError, MetadistError, first_line
 from metadist.experiment import Experiment
 from metadist.outer.gradient import Block
 from metadist.runtime.backend import Computed, Died, Event, Joined
@@ -159,7 +159,7 @@ class RayBackend:
         weights: ObjectRef
         stats: ObjectRef
         weights, stats = self._server.commit.options(num_returns=2).remote(version, tasks)
-        self._from_server([*adding])
+        self._from_server(adding)
         result: dict[str, float] = self._from_server(stats)
         self._weights = weights
         return result
@@ -229,11 +229,11 @@ class RayBackend:
         if self._restarts["worker"] > self._runtime.max_worker_restarts:
             raise ClusterError(
                 "runtime",
-                f"{self._restarts['worker']} workers died, the last of: {_first_line(error)}",
+                f"{self._restarts['worker']} workers died, the last of: {first_line(error)}",
                 "raise runtime.max_worker_restarts if that is to be expected; memory is the usual cause",
             )
         self._hire()
-        return Died(number, _first_line(error))
+        return Died(number, first_line(error))
 
     def _from_server(self, refs: Any) -> Any:
         try:
@@ -243,7 +243,7 @@ class RayBackend:
         except RayError as e:
             raise ClusterError(
                 "parameter server",
-                f"is gone ({_first_line(e)})",
+                f"is gone ({first_line(e)})",
                 "go on from the last checkpoint with `metadist resume`",
             ) from e
 
@@ -278,7 +278,7 @@ def connect(runtime: RuntimeConfig) -> bool:
     try:
         ray.init(address=runtime.address, runtime_env={"env_vars": environment}, **common)
     except (ConnectionError, RuntimeError, ValueError, RayError) as e:
-        raise _unreachable(runtime.address, _first_line(e)) from e
+        raise _unreachable(runtime.address, first_line(e)) from e
     return True
 
 
@@ -351,8 +351,3 @@ def _cause(error: RayTaskError) -> BaseException:
 def _kill(actor: ActorHandle) -> None:
     with contextlib.suppress(Exception):
         ray.kill(actor)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -187,25 +187,15 @@ def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen) -> None:
 
 def a_worker_of(driver: int) -> int:
     """The process of one Ray worker that computes for ``driver``."""
-    listing = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
-    session = subprocess.run(["pgrep", "-P", str(driver)], capture_output=True, text=True, check=True).stdout.split()
-    parents = set(session)
-    ppids = dict(
-        line.split()
-        for line in subprocess.run(
-            ["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True
-        ).stdout.splitlines()
-    )
-    found = []
-    for line in listing.splitlines():
-        pid, _, args = line.strip().partition(" ")
-        if "ray::_Worker" not in args:
-            continue
-        ancestor = pid
-        while ancestor in ppids and ancestor != "1":
-            ancestor = ppids[ancestor]
-            if ancestor in parents or ancestor == str(driver):
-                found.append(int(pid))
-                break
+    listing = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(None, 2) for line in listing.splitlines()]
+    parent = {pid: ppid for pid, ppid, _ in rows}
+
+    def descends(pid: str) -> bool:
+        while pid in parent and pid != str(driver):
+            pid = parent[pid]
+        return pid == str(driver)
+
+    found = [int(pid) for pid, _, args in rows if "ray::_Worker" in args and descends(pid)]
     assert found, "no worker process was found"
     return found[0]
