@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.utils import _pytree as pytree
 
 from metadist.algorithms import Algorithm
 from metadist.config import validate
@@ -77,25 +77,27 @@ class RayRuntime:
 
 
 class AdaptedModel(nn.Module):
-    """A model adapted to one task: call it on new inputs.
+    """A learner adapted to one task: call it on new inputs.
 
     Args:
-        module: the network.
-        params: its adapted parameters.
+        algorithm: the learner.
+        adapted: what its ``adapt`` gave.
+        support: the examples it was adapted to.
     """
 
-    def __init__(self, module: nn.Module, params: Tensors) -> None:
+    def __init__(self, algorithm: Algorithm, adapted: Any, support: Examples) -> None:
         super().__init__()
-        self._module = [module]  # in a list, so that its unadapted parameters are not this module's own
-        self.names = tuple(params)
-        self.values = nn.ParameterList([nn.Parameter(v.detach().clone()) for v in params.values()])
+        self._algorithm = algorithm
+        leaves, self._spec = pytree.tree_flatten(adapted)
+        self.values = nn.ParameterList([nn.Parameter(v.detach().clone()) for v in leaves])
+        self._support = support
 
     def forward(self, x: Tensor) -> Tensor:
-        """The network's output for ``x [N, ...]``."""
-        params = dict(zip(self.names, self.values, strict=True))
-        first = next(iter(params.values()))
-        x = x.to(first.device, first.dtype) if x.is_floating_point() else x.to(first.device)
-        return functional_call(self._module[0], params, (x,))
+        """The outputs for ``x [N, ...]``."""
+        adapted = pytree.tree_unflatten(list(self.values), self._spec)
+        dtype, device = self._algorithm.model.dtype, self._algorithm.model.device
+        x = x.to(device, dtype) if x.is_floating_point() else x.to(device)
+        return self._algorithm.predict(adapted, self._support, x, evaluation=True)
 
 
 class Learner:
@@ -125,8 +127,8 @@ class Learner:
             raise ValueError(f"support holds {len(x)} inputs for {len(y)} targets; give as many of both, at least one")
         dtype = next(iter(self.meta_params.values())).dtype
         examples = Examples(*(t.to(dtype) if t.is_floating_point() else t for t in (x, y)))
-        params = self.algorithm.adapt(self.meta_params, examples, evaluation=True)
-        return AdaptedModel(self.algorithm.model.module, params)
+        adapted = self.algorithm.adapt(self.meta_params, examples, evaluation=True)
+        return AdaptedModel(self.algorithm, adapted, examples)
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,7 @@ def train(
     name: str = "run",
     seed: int = 0,
     precision: str = "float32",
+    batchnorm: str = "transductive",
     run_dir: str | Path | None = None,
 ) -> Run:
     """Meta-trains and evaluates.
@@ -173,6 +176,8 @@ def train(
         evaluation, tracking: fields of these sections of the config.
         name, seed: of the run.
         precision: ``float32`` or ``float64``.
+        batchnorm: whose statistics BatchNorm takes for the query set: ``transductive`` (its own), ``inductive`` (the
+            support set's) or ``running`` (averages of training).
         run_dir: where the run is kept; must not exist. None makes ``runs/NAME-TIME``.
 
     Returns:
@@ -185,7 +190,7 @@ def train(
         "name": name,
         "seed": seed,
         "tasks": _named(type(tasks)) | {"type": "python"},
-        "model": _named(model) | {"type": "python"},
+        "model": _named(model) | {"type": "python", "batchnorm": batchnorm},
         "algorithm": _named(type(algorithm)) | {"type": "python"},
         "engine": {"precision": precision},
         "outer": (outer or Outer()).section(),

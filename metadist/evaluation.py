@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 
 from metadist.algorithms.base import PRE
+from metadist.experiment import EpisodeSize
 from metadist.worker import Round
 
 
 def evaluation_round(
-    version: int, split: str, episodes: int, tasks_per_microbatch: int, query_shots: int | None
+    version: int, split: str, episodes: int, tasks_per_microbatch: int, size: EpisodeSize
 ) -> Round:
     """The evaluation of one version on one split: the same episodes for every version and worker count."""
-    return Round("evaluate", version, split, f"evaluation/{split}", 0, episodes, tasks_per_microbatch, query_shots)
+    return Round("evaluate", version, split, f"evaluation/{split}", 0, episodes, tasks_per_microbatch, size)
 
 
 def summarise(metrics: Mapping[str, np.ndarray], metric: str, split: str, batchnorm: str) -> dict[str, Any]:

@@ -10,17 +10,30 @@ from typing import Any
 import torch
 from torch import nn
 
-from metadist.algorithms import BUILT_IN, Algorithm, resolve_objective
+from metadist.algorithms import BUILT_IN, Algorithm, outputs_for, resolve_objective
 from metadist.config.schema import ClassTasks, Config
 from metadist.episode import Episode
 from metadist.errors import ConfigError
 from metadist.inner import Engine, FunctionalModel, choose_strategy, compiler_missing
 from metadist.inner.engine import Strategy
-from metadist.models import MLP, Conv4
+from metadist.models import MLP, Conv4, Flatten
 from metadist.seeding import Rng
 from metadist.tasks.base import TaskSource
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class EpisodeSize:
+    """The size of an episode, where it differs from the config's ``tasks`` section; None where it does not."""
+
+    ways: int | None = None
+    shots: int | None = None
+    query_shots: int | None = None
+
+    def given(self) -> dict[str, int]:
+        """The numbers that differ."""
+        return {k: v for k, v in self.__dict__.items() if v is not None}
 
 
 @dataclass(frozen=True)
@@ -46,17 +59,23 @@ class Experiment:
         # Open sources stay where they are: each process opens its own.
         return {**self.__dict__, "_sources": {}}
 
-    def source(self, split: str, query_shots: int | None = None) -> TaskSource:
+    def source(self, split: str, size: EpisodeSize = EpisodeSize()) -> TaskSource:
         """The task source of one split; opened once.
 
         Args:
             split: its name.
-            query_shots: query examples a class in place of the config's.
+            size: of the episodes, where it differs from the config's.
         """
-        key = (split, query_shots)
+        key = (split, size)
         if key not in self._sources:
-            self._sources[key] = self._open_source(split, query_shots)
+            self._sources[key] = self._open_source(split, size)
         return self._sources[key]
+
+    @property
+    def evaluation_size(self) -> EpisodeSize:
+        """Size of the episodes of evaluations, where it differs from training's."""
+        section = self.config.evaluation
+        return EpisodeSize(section.ways, section.shots, section.query_shots)
 
     def example(self) -> Episode:
         """One training episode, for the shapes of inputs and targets."""
@@ -73,15 +92,18 @@ class Experiment:
         """
         example = self.example()
         dtype = DTYPES[self.config.engine.precision]
+        algorithm = self._make_algorithm()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(Rng(self.config.seed, "initialisation").torch_seed())
-            module = self._make_module(example)
-        model = FunctionalModel(module, device, dtype)
-        algorithm = self._make_algorithm()
+            module = self._make_module(example, algorithm.wants)
+            try:
+                module = algorithm.prepare(module, example)
+            except ValueError as e:
+                raise ConfigError("algorithm", str(e)) from e
+        model = FunctionalModel(module, device, dtype, self.config.model.batchnorm)
         strategy = self.config.engine.strategy
         engine = Engine("vectorised" if strategy == "auto" else strategy, self.config.engine.compile)
-        learner = algorithm.bind(model, resolve_objective(algorithm.loss, example.query.y), engine)
-        return learner
+        return algorithm.bind(model, resolve_objective(algorithm.loss, example.query.y, algorithm.metric), engine)
 
     def resolved(self) -> tuple[Experiment, str]:
         """The same experiment with its engine decided, and the reason if it is not the one hoped for."""
@@ -114,7 +136,7 @@ class Experiment:
 
     # ----------------------------------------------------------------- sections
 
-    def _open_source(self, split: str, query_shots: int | None) -> TaskSource:
+    def _open_source(self, split: str, size: EpisodeSize) -> TaskSource:
         if self.tasks is not None:
             return self.tasks.split(split)
         section = self.config.tasks
@@ -123,13 +145,17 @@ class Experiment:
         if section.type == "python":
             raise _python_only("tasks", section.name)
         options = section.model_dump(exclude={"type", "train_split"})
-        if query_shots is not None:
-            options["query_shots"] = query_shots
+        for name, value in size.given().items():
+            if name not in options:
+                known = ", ".join(n for n in EpisodeSize.__dataclass_fields__ if n in options)
+                mend = f"leave it null; these tasks have {known}"
+                raise ConfigError(f"evaluation.{name}", f"tasks of type {section.type} have no {name}", mend)
+            options[name] = value
         if isinstance(section, ClassTasks):
             options["split"] = split
         return _task_source(section.type)(**options)
 
-    def _make_module(self, example: Episode) -> nn.Module:
+    def _make_module(self, example: Episode, wants: str) -> nn.Module:
         if self.model is not None:
             return _checked("model", self.model(), nn.Module)
         section = self.config.model
@@ -137,8 +163,16 @@ class Experiment:
             return construct("model", section.import_path, section.args, nn.Module)
         if section.type == "python":
             raise _python_only("model", section.name)
-        x, y = example.support
-        outputs = y.shape[-1] if y.is_floating_point() else int(torch.cat([y, example.query.y]).max()) + 1
+        x = example.support.x
+        outputs = outputs_for(torch.cat([example.support.y, example.query.y])) if wants == "outputs" else None
+        if section.type == "flatten":
+            if wants == "outputs":
+                raise ConfigError(
+                    "model.type",
+                    f"flatten has nothing to learn, which algorithm.type {self.config.algorithm.type} needs",
+                    "use mlp or conv4",
+                )
+            return Flatten(section.size)
         if section.type == "mlp":
             return MLP(x[0].numel(), outputs, section.hidden)
         if x.dim() != 4:

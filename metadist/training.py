@@ -140,7 +140,7 @@ class _Training:
     ) -> None:
         assert self.backend is not None
         self.content_id, self.base_wall_s, self.started = content_id, self.progress.wall_s, started
-        self.backend.start(snapshot)
+        self.backend.start(snapshot, self._outer_options())
         self.run.save_config(self.config)
         wandb = self._start_trackers(snapshot["version"])
         code = 1
@@ -185,7 +185,12 @@ class _Training:
         evaluation = self.config.evaluation
         splits = {evaluation.split} | ({evaluation.validation_split} if evaluation.every else set())
         for split in splits:
-            self.experiment.source(split, evaluation.query_shots)
+            self.experiment.source(split, self.experiment.evaluation_size)
+
+    def _outer_options(self) -> dict[str, Any]:
+        """The ``outer`` section, with the places of what the optimizer is not to move."""
+        rules = {name: rule.__dict__ for name, rule in self.learner.update_rules().items()}
+        return {**self.config.outer.model_dump(), "rules": self.layout.places(rules)}
 
     def _start_trackers(self, version: int) -> WandbTracker | None:
         tracking = self.config.tracking
@@ -256,6 +261,7 @@ class _Training:
             version * outer.meta_batch_size,
             outer.meta_batch_size,
             int(outer.tasks_per_microbatch),
+            held=self.learner.tasks_held_for,
         )
 
     def _record(self, version: int, result: RoundResult, stats: dict[str, float], server_s: float) -> None:
@@ -272,7 +278,8 @@ class _Training:
         self.trackers.log(version, line)
 
     def _evaluate(self, version: int, split: str, episodes: int) -> dict[str, Any]:
-        round = evaluation_round(version, split, episodes, _EVALUATION_MICROBATCH, self.config.evaluation.query_shots)
+        size = self.experiment.evaluation_size
+        round = evaluation_round(version, split, episodes, _EVALUATION_MICROBATCH, size)
         result = self.controller.run(round)
         summary = summarise(result.metrics, self.metric, split, self.learner.model.batchnorm)
         self.trackers.log_evaluation(version, summary)
@@ -336,9 +343,9 @@ class _Training:
         from metadist.report import write_report
 
         evaluation = self.config.evaluation
-        source = self.experiment.source(evaluation.split, evaluation.query_shots)
+        source = self.experiment.source(evaluation.split, self.experiment.evaluation_size)
         batch = source.episodes(self.config.seed, f"evaluation/{evaluation.split}", [0, 1, 2, 3])
-        before, after = self.learner.predict(meta_params, batch.to("cpu", next(iter(meta_params.values())).dtype))
+        before, after = self.learner.outputs(meta_params, batch.to("cpu", next(iter(meta_params.values())).dtype))
         picture = draw_episodes(batch, self.run.path / "episodes.png", before, after)
         curve = draw_learning_curve(self.run.path)
         write_report(self.run.path)
@@ -374,8 +381,9 @@ def evaluate(run_dir: Path, episodes: int | None = None, stand_ins: dict[str, An
     learner, experiment, checkpoint = load_learner(run_dir, stand_ins)
     config = experiment.config.evaluation
     count = episodes or config.episodes
-    round = evaluation_round(checkpoint.version, config.split, count, _EVALUATION_MICROBATCH, config.query_shots)
-    source = experiment.source(config.split, config.query_shots)
+    size = experiment.evaluation_size
+    round = evaluation_round(checkpoint.version, config.split, count, _EVALUATION_MICROBATCH, size)
+    source = experiment.source(config.split, size)
     pieces: dict[str, list[np.ndarray]] = {}
     dtype = next(iter(checkpoint.meta_params.values())).dtype
     for m in range(round.microbatches):

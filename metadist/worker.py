@@ -6,15 +6,15 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 import torch
 
-from metadist.algorithms import Algorithm, TaskResults
+from metadist.algorithms import Algorithm, Moment, TaskResults
 from metadist.episode import EpisodeBatch
-from metadist.experiment import DTYPES, Experiment
+from metadist.experiment import DTYPES, EpisodeSize, Experiment
 from metadist.outer.gradient import Block, Layout, partial_sums
 from metadist.seeding import Rng
 
@@ -31,7 +31,8 @@ class Round:
         first: number of its first episode.
         tasks: how many episodes.
         tasks_per_microbatch: episodes of a microbatch; the last may hold fewer.
-        query_shots: query examples a class in place of the config's.
+        size: of the episodes, where it differs from the config's.
+        held: rounds for which each microbatch keeps its episodes.
     """
 
     kind: Literal["train", "evaluate"]
@@ -41,7 +42,8 @@ class Round:
     first: int
     tasks: int
     tasks_per_microbatch: int
-    query_shots: int | None = None
+    size: EpisodeSize = EpisodeSize()
+    held: int = 1
 
     @property
     def microbatches(self) -> int:
@@ -49,8 +51,16 @@ class Round:
 
     def episodes(self, microbatch: int) -> range:
         """Numbers of the episodes of one microbatch."""
-        start = self.first + microbatch * self.tasks_per_microbatch
-        return range(start, min(start + self.tasks_per_microbatch, self.first + self.tasks))
+        first, start = self._first(microbatch), microbatch * self.tasks_per_microbatch
+        return range(first + start, first + min(start + self.tasks_per_microbatch, self.tasks))
+
+    def _first(self, microbatch: int) -> int:
+        """Number of the first episode of the meta-batch that the microbatch's episodes were drawn for."""
+        if self.held == 1:
+            return self.first
+        # Microbatches change their episodes at different times, so that no update is made of new tasks alone.
+        since = (self.version + microbatch * self.held // self.microbatches) % self.held
+        return self.first + (self.held - 1 - since) * self.tasks
 
 
 @dataclass(frozen=True)
@@ -148,7 +158,7 @@ class MetaWorker:
         return self._held[1]
 
     def _episodes(self, round: Round, microbatch: int) -> EpisodeBatch:
-        source = self.experiment.source(round.split, round.query_shots)
+        source = self.experiment.source(round.split, round.size)
         return source.episodes(self.experiment.config.seed, round.stream, round.episodes(microbatch))
 
     def _microbatch(
@@ -158,6 +168,7 @@ class MetaWorker:
         # What torch draws by itself (dropout) is a function of the microbatch as well.
         seed = Rng(self.experiment.config.seed, f"torch/{round.stream}", round.episodes(microbatch).start).torch_seed()
         torch.manual_seed(seed)
+        self.learner.moment = Moment(round.version, microbatch, round.microbatches)
         if round.kind == "train":
             return self.learner.meta_gradient(params, batch)
         with torch.no_grad():
@@ -184,16 +195,7 @@ class MetaWorker:
 
 def _following(round: Round) -> Round:
     """The round that comes next, if nothing unusual happens."""
-    return Round(
-        round.kind,
-        round.version + 1,
-        round.split,
-        round.stream,
-        round.first + round.tasks,
-        round.tasks,
-        round.tasks_per_microbatch,
-        round.query_shots,
-    )
+    return replace(round, version=round.version + 1, first=round.first + round.tasks)
 
 
 class Prefetcher:

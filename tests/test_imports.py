@@ -36,7 +36,8 @@ config = validate({
 experiment, reason = Experiment(config).resolved()
 initial = experiment.learner().initial_meta_params()
 backend = LocalBackend(experiment)
-backend.start({"version": 0, "weights": Layout.of(initial).flatten(initial).numpy(), "outer_state": {}})
+weights = Layout.of(initial).flatten(initial).numpy()
+backend.start({"version": 0, "weights": weights, "outer_state": {}}, config.outer.model_dump())
 before = backend.snapshot()["weights"]
 result = Controller(backend).run(Round("train", 0, "train", "train", 0, 4, config.outer.tasks_per_microbatch))
 backend.commit(0, 4)

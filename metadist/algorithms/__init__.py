@@ -2,10 +2,52 @@
 
 from __future__ import annotations
 
-from metadist.algorithms.base import Algorithm, TaskResults
-from metadist.algorithms.losses import Objective, resolve_objective
+from metadist.algorithms.anil import ANIL
+from metadist.algorithms.base import Algorithm, Moment, Rule, TaskResults
+from metadist.algorithms.boil import BOIL
+from metadist.algorithms.cavia import CAVIA
+from metadist.algorithms.imaml import IMAML
+from metadist.algorithms.losses import Objective, outputs_for, resolve_objective
 from metadist.algorithms.maml import MAML
+from metadist.algorithms.mamlpp import MAMLPlusPlus
+from metadist.algorithms.matchingnet import MatchingNet
+from metadist.algorithms.meta_sgd import MetaSGD
+from metadist.algorithms.protomaml import ProtoMAML
+from metadist.algorithms.protonet import ProtoNet
+from metadist.algorithms.reptile import Reptile
 
-BUILT_IN: dict[str, type[Algorithm]] = {"maml": MAML}
+BUILT_IN: dict[str, type[Algorithm]] = {
+    "maml": MAML,
+    "anil": ANIL,
+    "boil": BOIL,
+    "meta_sgd": MetaSGD,
+    "mamlpp": MAMLPlusPlus,
+    "cavia": CAVIA,
+    "reptile": Reptile,
+    "imaml": IMAML,
+    "protomaml": ProtoMAML,
+    "protonet": ProtoNet,
+    "matchingnet": MatchingNet,
+}
 
-__all__ = ["BUILT_IN", "MAML", "Algorithm", "Objective", "TaskResults", "resolve_objective"]
+__all__ = [
+    "ANIL",
+    "BOIL",
+    "BUILT_IN",
+    "CAVIA",
+    "IMAML",
+    "MAML",
+    "Algorithm",
+    "MAMLPlusPlus",
+    "MatchingNet",
+    "MetaSGD",
+    "Moment",
+    "Objective",
+    "ProtoMAML",
+    "ProtoNet",
+    "Reptile",
+    "Rule",
+    "TaskResults",
+    "outputs_for",
+    "resolve_objective",
+]

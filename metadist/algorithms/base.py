@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metadist.algorithms.losses import LossFunction, Objective
-from metadist.episode import EpisodeBatch, Examples
+from metadist.episode import Episode, EpisodeBatch, Examples
 from metadist.inner import Engine, FunctionalModel, InnerProblem, Tensors
 
 PRE = "pre_adaptation_"
@@ -28,6 +28,36 @@ class TaskResults:
     metrics: Tensors
 
 
+@dataclass(frozen=True)
+class Moment:
+    """Which piece of a run is being computed.
+
+    Args:
+        version: meta-updates made so far.
+        microbatch: number of the microbatch.
+        microbatches: how many there are in the meta-batch.
+    """
+
+    version: int = 0
+    microbatch: int = 0
+    microbatches: int = 1
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How the meta-update treats a meta-parameter that no optimizer should move.
+
+    Args:
+        kind: ``average``: a running average; what ``meta_gradient`` gives for it is this batch's observation,
+            summed over tasks, towards whose mean it moves by ``rate``. ``replace``: the sum over the meta-batch of
+            what ``meta_gradient`` gives is its next value.
+        rate: of the running average, in (0, 1].
+    """
+
+    kind: Literal["average", "replace"]
+    rate: float = 1.0
+
+
 class Algorithm:
     """A learner. Subclass it with :meth:`adapt` alone, or with :meth:`meta_gradient` as well.
 
@@ -39,10 +69,30 @@ class Algorithm:
     exact: ClassVar[bool] = True
     """Whether :meth:`meta_gradient` claims to be the derivative of the query loss after adaptation."""
 
+    wants: ClassVar[Literal["outputs", "features"]] = "outputs"
+    """Whether the models of this package are built with a last layer for the task's outputs or without."""
+
     loss: str | LossFunction = "auto"
+    metric: str = "auto"
+    moment: Moment = Moment()
+    """What is being computed; set by the worker before each call."""
+    tasks_held_for: int = 1
+    """Meta-updates for which each place in the meta-batch keeps its task."""
+
     model: FunctionalModel
     objective: Objective
     engine: Engine
+
+    def prepare(self, module: nn.Module, example: Episode) -> nn.Module:
+        """The module to learn with: ``module`` itself, or one made around it.
+
+        Called with torch's generator seeded, before :meth:`bind`.
+
+        Args:
+            module: the network of the config.
+            example: an episode, for the shapes of inputs and targets.
+        """
+        return module
 
     def bind(self, model: FunctionalModel, objective: Objective, engine: Engine) -> Algorithm:
         """Hands over what the learner works with; returns the learner."""
@@ -51,64 +101,95 @@ class Algorithm:
 
     def initial_meta_params(self) -> Tensors:
         """What is learned, by name, before the first update: by default the model's parameters."""
-        return self.model.initial_params()
+        return {**self.model.initial_params(), **self.model.initial_statistics(1)}
 
-    def adapt(self, meta_params: Tensors, support: Examples, *, evaluation: bool = False) -> Tensors:
-        """Parameters for ``self.model`` adapted to one task.
+    def update_rules(self) -> dict[str, Rule]:
+        """Meta-parameters which the outer optimizer does not move, by name; by default the running statistics."""
+        return {name: Rule("average", momentum) for name, momentum in self.model.averages().items()}
+
+    # ----------------------------------------------------------------- what a learner defines
+
+    def adapt(self, meta_params: Tensors, support: Examples, *, evaluation: bool = False) -> Any:
+        """The learner adapted to one task: parameters for ``self.model``, or whatever :meth:`predict` reads.
 
         Args:
             meta_params: what is learned.
             support: the task's examples, ``x [S, ...]``, ``y [S, ...]``.
             evaluation: whether this is for use rather than for learning.
+
+        Returns:
+            Tensors, in dicts nested as deep as one likes.
         """
         raise TypeError(f"{type(self).__name__} must define adapt(self, meta_params, support, *, evaluation=False)")
 
+    def predict(self, adapted: Any, support: Examples, x: Tensor, *, evaluation: bool = False) -> Tensor:
+        """The adapted learner's outputs for ``x [N, ...]``: by default the model's."""
+        return self.model(adapted, x, reference=support.x, evaluation=evaluation)
+
+    def predict_unadapted(self, meta_params: Tensors, support: Examples, x: Tensor, *, evaluation: bool) -> Tensor:
+        """The same before adaptation: by default the model's outputs under the meta-parameters themselves."""
+        return self.model(meta_params, x, reference=support.x, evaluation=evaluation)
+
     def meta_gradient(self, meta_params: Tensors, batch: EpisodeBatch) -> TaskResults:
         """The summed meta-gradient and metrics of the tasks in ``batch``."""
+        gradient, (metrics, seen) = self.engine.meta_gradient(self._whole(), meta_params, batch)
+        gradient |= {k: v.sum(0)[None] for k, v in seen.items()}
+        return TaskResults(gradient, {**metrics, **self.before_adaptation(meta_params, batch)})
 
-        def step(shared: Tensors, fast: Tensors, support: Examples) -> Tensors:
-            return self.adapt(fast, support)
-
-        def objective(shared: Tensors, fast: Tensors, query: Examples) -> tuple[Tensor, Tensors]:
-            return self.query_objective(fast, query)
-
-        results = self.engine.meta_gradient(InnerProblem(step, objective, steps=1), {}, meta_params, batch)
-        return TaskResults(results.fast, {**results.extra, **self.before_adaptation(meta_params, batch)})
+    # ----------------------------------------------------------------- what follows from it
 
     def evaluate(self, meta_params: Tensors, batch: EpisodeBatch) -> Tensors:
         """The metrics of :class:`TaskResults`, for adaptation as in use."""
 
         def one(support: Examples, query: Examples) -> Tensors:
-            return self.query_objective(self.adapt(meta_params, support, evaluation=True), query)[1]
+            adapted = self.adapt(meta_params, support, evaluation=True)
+            return self.query_objective(adapted, support, query, evaluation=True)[1]
 
-        return {**self.engine.map_tasks(one, batch), **self.before_adaptation(meta_params, batch)}
+        return {**self.engine.map_tasks(one, batch), **self.before_adaptation(meta_params, batch, evaluation=True)}
 
-    def predict(self, meta_params: Tensors, batch: EpisodeBatch) -> tuple[Tensor, Tensor]:
+    def outputs(self, meta_params: Tensors, batch: EpisodeBatch) -> tuple[Tensor, Tensor]:
         """Outputs on each task's query set before and after adaptation, ``[T, Q, ...]`` both."""
 
         def one(support: Examples, query: Examples) -> tuple[Tensor, Tensor]:
-            before = self.model(self.unadapted(meta_params), query.x)
-            return before, self.model(self.adapt(meta_params, support, evaluation=True), query.x)
+            before = self.predict_unadapted(meta_params, support, query.x, evaluation=True)
+            adapted = self.adapt(meta_params, support, evaluation=True)
+            return before, self.predict(adapted, support, query.x, evaluation=True)
 
         before, after = self.engine.map_tasks(one, batch)
         return before, after
 
-    def unadapted(self, meta_params: Tensors) -> Tensors:
-        """Parameters for ``self.model`` before adaptation."""
-        return meta_params
+    def query_objective(
+        self, adapted: Any, support: Examples, query: Examples, *, evaluation: bool = False
+    ) -> tuple[Tensor, Tensors]:
+        """The query loss of the adapted learner, and the metrics ``loss`` and the task's own."""
+        return self.judge(self.predict(adapted, support, query.x, evaluation=evaluation), query)
 
-    def query_objective(self, params: Tensors, query: Examples) -> tuple[Tensor, Tensors]:
-        """The query loss under adapted ``params``, and the metrics ``loss`` and the task's own."""
-        output = self.model(params, query.x)
+    def judge(self, output: Tensor, query: Examples) -> tuple[Tensor, Tensors]:
+        """The loss of ``output`` on the query set, and the metrics ``loss`` and the task's own."""
         loss = self.objective.loss(output, query.y)
         return loss, {"loss": loss.detach(), self.objective.metric: self.objective.measure(output.detach(), query.y)}
 
-    def before_adaptation(self, meta_params: Tensors, batch: EpisodeBatch) -> Tensors:
+    def before_adaptation(self, meta_params: Tensors, batch: EpisodeBatch, *, evaluation: bool = False) -> Tensors:
         """The query metrics without adaptation, ``[T]`` each, named with the prefix ``pre_adaptation_``."""
-        params = {k: v.detach() for k, v in self.unadapted(meta_params).items()}
+        params = {k: v.detach() for k, v in meta_params.items()}
 
         def one(support: Examples, query: Examples) -> Tensors:
-            return self.query_objective(params, query)[1]
+            return self.judge(self.predict_unadapted(params, support, query.x, evaluation=evaluation), query)[1]
 
         with torch.no_grad():
             return {PRE + k: v for k, v in self.engine.map_tasks(one, batch).items()}
+
+    def _whole(self) -> InnerProblem:
+        """Adaptation as a single step of the engine."""
+        if not hasattr(self, "_as_one_step"):
+
+            def step(shared: Any, fast: Any, support: Examples, k: int) -> Any:
+                return self.adapt(fast, support)
+
+            def objective(shared: Any, fast: Any, support: Examples, query: Examples, k: int) -> tuple[Tensor, Any]:
+                with self.model.recording() as seen:
+                    loss, metrics = self.query_objective(fast, support, query)
+                return loss, (metrics, seen)
+
+            self._as_one_step = InnerProblem(step, objective, steps=1)
+        return self._as_one_step

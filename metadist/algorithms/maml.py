@@ -1,14 +1,18 @@
-"""Model-agnostic meta-learning."""
+"""Model-agnostic meta-learning, and what its relatives share."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from metadist.algorithms.base import Algorithm, TaskResults
-from metadist.algorithms.losses import LossFunction
+from metadist.algorithms.losses import LossFunction, Objective
 from metadist.episode import EpisodeBatch, Examples
-from metadist.inner import InnerProblem, Tensors, gradients
+from metadist.inner import Engine, FunctionalModel, InnerProblem, Tensors
 from metadist.inner.adjoint import adapt
+from metadist.inner.gradients import gradients_and_aux
 
 
 class MAML(Algorithm):
@@ -17,12 +21,16 @@ class MAML(Algorithm):
     With ``theta_0`` the initialisation and ``theta_{k+1} = theta_k - inner_lr * grad L_support(theta_k)``,
     the meta-gradient is that of ``L_query(theta_K)`` with respect to ``theta_0``, exact to second order.
 
+    Relatives override :meth:`start` (what is adapted, what is only read, from where it sets out) and
+    :meth:`update` (what a step makes of a gradient).
+
     Args:
         inner_lr: step size of the inner loop.
         inner_steps: its steps K in training.
         evaluation_inner_steps: its steps in evaluation and use; None takes ``inner_steps``.
         first_order: leave out the second derivatives (section 5.2 of the paper).
-        loss: ``auto``, ``cross_entropy``, ``mse`` or a function of (output, target).
+        loss: ``auto``, ``cross_entropy``, ``binary_cross_entropy``, ``mse`` or a function of (output, target).
+        metric: ``auto``, ``accuracy``, ``auc`` or ``mean_squared_error``.
     """
 
     def __init__(
@@ -32,37 +40,140 @@ class MAML(Algorithm):
         evaluation_inner_steps: int | None = None,
         first_order: bool = False,
         loss: str | LossFunction = "auto",
+        metric: str = "auto",
     ) -> None:
         if not inner_lr > 0:
             raise ValueError(f"inner_lr must be positive, not {inner_lr}")
         for name, steps in (("inner_steps", inner_steps), ("evaluation_inner_steps", evaluation_inner_steps)):
             if steps is not None and steps < 1:
                 raise ValueError(f"{name} must be at least 1, not {steps}")
-        self.inner_lr, self.inner_steps, self.first_order, self.loss = inner_lr, inner_steps, first_order, loss
+        self.inner_lr, self.inner_steps, self.first_order = inner_lr, inner_steps, first_order
+        self.loss, self.metric = loss, metric
         self.evaluation_inner_steps = inner_steps if evaluation_inner_steps is None else evaluation_inner_steps
         self.exact = not first_order  # type: ignore[misc]
-        self._problems: dict[int, InnerProblem] = {}
+
+    # ----------------------------------------------------------------- what relatives change
+
+    def start(
+        self, meta_params: Tensors, constants: Tensors, support: Examples, evaluation: bool
+    ) -> tuple[dict[str, Any], Tensors]:
+        """What the inner loop only reads, and the tensors it adapts: all of the model's parameters.
+
+        ``shared["params"]`` holds what of the model is not adapted.
+        """
+        fast = {k: meta_params[k] for k in self.parameter_names if self.adapts(k)}
+        rest = [k for k in (*self.parameter_names, *self.model.averages()) if k not in fast]
+        return {"params": {k: meta_params[k] for k in rest}, "constants": constants}, fast
+
+    def adapts(self, name: str) -> bool:
+        """Whether the inner loop changes a parameter of the model."""
+        return True
+
+    def update(self, shared: Any, fast: Tensors, gradient: Tensors, k: int) -> Tensors:
+        """The adapted tensors after step ``k``, from the gradient of the support loss."""
+        return {name: fast[name] - self.inner_lr * gradient[name] for name in gradient}
+
+    def params(self, shared: Any, fast: Tensors) -> Tensors:
+        """The model's parameters, from what is shared and what is adapted."""
+        return {**shared["params"], **fast}
+
+    def support_loss(self, shared: Any, fast: Tensors, support: Examples, k: int, evaluation: bool) -> Tensor:
+        """What step ``k`` of the inner loop goes down."""
+        output = self.model(self.params(shared, fast), support.x, step=k, evaluation=evaluation)
+        return self.objective.loss(output, support.y)
+
+    def output(self, params: Tensors, support: Examples, x: Tensor, k: int, evaluation: bool) -> Tensor:
+        """The model's outputs for ``x`` after ``k`` inner steps."""
+        return self.model(params, x, reference=support.x, step=k, evaluation=evaluation)
+
+    def weighed(self, shared: Any, loss: Tensor, k: int) -> Tensor:
+        """The part that the query loss after ``k`` steps has in the objective."""
+        return loss
+
+    def constants(self) -> Tensors:
+        """Tensors which the inner loop reads as shared and which change with the version, not with learning."""
+        return {}
+
+    # ----------------------------------------------------------------- the contract
+
+    def bind(self, model: FunctionalModel, objective: Objective, engine: Engine) -> Algorithm:
+        self.parameter_names = tuple(model.initial_params())
+        self._problems: dict[Any, InnerProblem] = {}
+        return super().bind(model, objective, engine)
+
+    def initial_meta_params(self) -> Tensors:
+        return {**self.model.initial_params(), **self.model.initial_statistics(self.inner_steps + 1)}
 
     def meta_gradient(self, meta_params: Tensors, batch: EpisodeBatch) -> TaskResults:
-        results = self.engine.meta_gradient(self._problem(self.inner_steps), {}, meta_params, batch)
-        return TaskResults(results.fast, {**results.extra, **self.before_adaptation(meta_params, batch)})
+        problem = self.problem(self.inner_steps)
+        gradient, (metrics, seen) = self.engine.meta_gradient(problem, meta_params, batch, self.constants())
+        gradient = {**gradient, **{k: v.sum(0) for k, v in seen.items()}}
+        return TaskResults(gradient, {**metrics, **self.before_adaptation(meta_params, batch)})
 
     def adapt(self, meta_params: Tensors, support: Examples, *, evaluation: bool = False) -> Tensors:
         steps = self.evaluation_inner_steps if evaluation else self.inner_steps
-        return adapt(self._problem(steps), {}, meta_params, support)
+        shared, (fast, _) = adapt(self.problem(steps, evaluation), meta_params, self.constants(), support)
+        return self.params(shared, fast)
 
-    def _problem(self, steps: int) -> InnerProblem:
-        if steps not in self._problems:
-            # One object for each number of steps: the engine keeps what it compiled for it.
-            self._problems[steps] = self._make_problem(steps)
-        return self._problems[steps]
+    def predict(self, adapted: Tensors, support: Examples, x: Tensor, *, evaluation: bool = False) -> Tensor:
+        return self.output(adapted, support, x, self.inner_steps, evaluation)
 
-    def _make_problem(self, steps: int) -> InnerProblem:
-        def step(shared: Tensors, fast: Tensors, support: Examples) -> Tensors:
-            gradient = gradients(lambda p: self.objective.loss(self.model(p, support.x), support.y), fast)
-            return {k: fast[k] - self.inner_lr * gradient[k] for k in fast}
+    def predict_unadapted(self, meta_params: Tensors, support: Examples, x: Tensor, *, evaluation: bool) -> Tensor:
+        shared, fast = self.start(meta_params, self.constants(), support, evaluation)
+        return self.output(self.params(shared, fast), support, x, 0, evaluation)
 
-        def objective(shared: Tensors, fast: Tensors, query: Examples) -> tuple[Tensor, Tensors]:
-            return self.query_objective(fast, query)
+    # ----------------------------------------------------------------- the inner loop as the engine takes it
 
-        return InnerProblem(step, objective, steps, self.first_order)
+    def problem(self, steps: int, evaluation: bool = False) -> InnerProblem:
+        """The inner loop; one object for each kind, as the engine keeps what it compiled for it."""
+        key = (steps, evaluation, self.is_first_order(), self.judges_every_step())
+        if key not in self._problems:
+            self._problems[key] = self._make_problem(*key)
+        return self._problems[key]
+
+    def judges_every_step(self) -> bool:
+        """Whether the objective counts the query loss after every inner step at this moment."""
+        return False
+
+    def is_first_order(self) -> bool:
+        """Whether second derivatives are left out at this moment."""
+        return self.first_order
+
+    def _make_problem(self, steps: int, evaluation: bool, first_order: bool, every_step: bool) -> InnerProblem:
+        """The state that the inner loop changes is (what is adapted, BatchNorm statistics seen on the way)."""
+
+        def start(meta_params: Tensors, constants: Tensors, support: Examples) -> tuple[Any, Any]:
+            with self.model.recording() as now:
+                shared, fast = self.start(meta_params, constants, support, evaluation)
+            blank = {} if evaluation else {k: torch.zeros_like(meta_params[k]) for k in self.model.averages()}
+            return shared, (fast, _noted(blank, now, 0))
+
+        def step(shared: Any, state: Any, support: Examples, k: int) -> Any:
+            fast, seen = state
+
+            def loss(fast: Tensors) -> tuple[Tensor, Tensors]:
+                with self.model.recording() as now:
+                    return self.support_loss(shared, fast, support, k, evaluation), now
+
+            gradient, now = gradients_and_aux(loss, fast)
+            return self.update(shared, fast, gradient, k), _noted(seen, now, k)
+
+        def objective(shared: Any, state: Any, support: Examples, query: Examples, k: int) -> tuple[Tensor, Any]:
+            fast, seen = state
+            with self.model.recording() as now:
+                output = self.output(self.params(shared, fast), support, query.x, k, evaluation)
+            loss, metrics = self.judge(output, query)
+            return self.weighed(shared, loss, k), (metrics, _noted(seen, now, k))
+
+        return InnerProblem(step, objective, steps, start, first_order, every_step)
+
+
+def _noted(seen: Tensors, now: Tensors, row: int) -> Tensors:
+    """``seen [rows, channels]`` with the statistics of now in a row, the last row if there are fewer."""
+
+    def put(values: Tensor, new: Tensor) -> Tensor:
+        mark = torch.zeros_like(values)
+        mark[min(row, len(values) - 1)] = 1
+        return values + mark * new
+
+    return {k: put(v, now[k]) if k in now else v for k, v in seen.items()}

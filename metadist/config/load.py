@@ -135,7 +135,14 @@ def validate(data: Mapping[str, Any], where: str = "config") -> Config:
 
 def to_yaml(config: Config) -> str:
     """The resolved config, every default spelled out, in the schema's order."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(_type_first(config.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
+
+
+def _type_first(value: Any) -> Any:
+    """Sections with their ``type`` at the head."""
+    if not isinstance(value, dict):
+        return value
+    return {k: _type_first(value[k]) for k in sorted(value, key=lambda k: k != "type")}
 
 
 # --------------------------------------------------------------------------- merging
@@ -185,7 +192,7 @@ def _explain(error: ErrorDetails) -> str:
     path, section = _locate(error["loc"])
     kind, context, given = error["type"], error.get("ctx", {}), error.get("input")
     if kind == "extra_forbidden":
-        names = list(section.model_fields) if section else []
+        names = sorted(section.model_fields, key=lambda n: n != "type") if section else []
         return f"{path}: there is no such field; {_nearest(path.rsplit('.', 1)[-1], names)}"
     if kind == "missing":
         return f"{path}: is missing; give it a value"

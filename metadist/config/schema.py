@@ -5,36 +5,12 @@ The first line of a class docstring is what ``metadist check --list`` prints for
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Positive = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-# --------------------------------------------------------------------------- yours
-
-
-class CustomConfig(Section):
-    """Your own: a class or function named by import_path."""
-
-    type: Literal["custom"] = "custom"
-    import_path: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$", description="package.module:Name")
-    args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments for it")
-
-
-class PythonConfig(Section):
-    """An object passed to `metadist.train` from Python that has no import path, such as a lambda."""
-
-    type: Literal["python"] = "python"
-    name: str = Field(description="how the object calls itself")
-
+from metadist.config.algorithms import AlgorithmConfig
+from metadist.config.section import CustomConfig, Natural, Positive, PythonConfig, Rate, Section
 
 # --------------------------------------------------------------------------- tasks
 
@@ -103,8 +79,22 @@ TasksConfig = Annotated[
 
 # --------------------------------------------------------------------------- model
 
+BatchNormMode = Annotated[
+    Literal["transductive", "inductive", "running"],
+    Field(
+        description="whose statistics BatchNorm takes for the query set: its own, the support set's, or running "
+        "averages of training, one for each inner step"
+    ),
+]
 
-class Conv4Config(Section):
+
+class ModelSection(Section):
+    """A field of every model."""
+
+    batchnorm: BatchNormMode = "transductive"
+
+
+class Conv4Config(ModelSection):
     """Four convolution blocks with BatchNorm, the usual few-shot image network."""
 
     type: Literal["conv4"] = "conv4"
@@ -114,46 +104,31 @@ class Conv4Config(Section):
     )
 
 
-class MLPConfig(Section):
+class MLPConfig(ModelSection):
     """A multi-layer perceptron with ReLU."""
 
     type: Literal["mlp"] = "mlp"
     hidden: tuple[Positive, ...] = Field((40, 40), description="sizes of the hidden layers")
 
 
-class CustomModelConfig(CustomConfig):
+class FlattenConfig(ModelSection):
+    """No network: the inputs themselves as features, for learners with a memory of their own."""
+
+    type: Literal["flatten"] = "flatten"
+    size: Positive | None = Field(None, description="height and width to which pictures are averaged down; null: as is")
+
+
+class CustomModelConfig(CustomConfig, ModelSection):
     """A torch.nn.Module of your own, named by import_path."""
 
 
-ModelConfig = Annotated[Conv4Config | MLPConfig | CustomModelConfig | PythonConfig, Field(discriminator="type")]
+class PythonModelConfig(PythonConfig, ModelSection):
+    """A function passed to `metadist.train` that makes the module."""
 
-# --------------------------------------------------------------------------- algorithm
 
-Loss = Annotated[
-    str,
-    Field(
-        pattern=r"^(auto|cross_entropy|mse|[A-Za-z_][\w.]*:[A-Za-z_][\w.]*)$",
-        description="auto (by the targets' type), cross_entropy, mse, or package.module:function(output, target)",
-    ),
+ModelConfig = Annotated[
+    Conv4Config | MLPConfig | FlattenConfig | CustomModelConfig | PythonModelConfig, Field(discriminator="type")
 ]
-
-
-class MAMLConfig(Section):
-    """Model-agnostic meta-learning, exact second order; `first_order: true` for its approximation."""
-
-    type: Literal["maml"] = "maml"
-    inner_lr: Rate = Field(0.01, description="step size of the inner loop")
-    inner_steps: Positive = Field(1, description="gradient steps of the inner loop in training")
-    evaluation_inner_steps: Positive | None = Field(None, description="the same in evaluation; null: as in training")
-    first_order: bool = Field(False, description="leave out the second derivatives")
-    loss: Loss = "auto"
-
-
-class CustomAlgorithmConfig(CustomConfig):
-    """An Algorithm of your own, named by import_path."""
-
-
-AlgorithmConfig = Annotated[MAMLConfig | CustomAlgorithmConfig | PythonConfig, Field(discriminator="type")]
 
 # --------------------------------------------------------------------------- engine, outer loop
 
@@ -229,6 +204,8 @@ class EvaluationConfig(Section):
 
     split: str = "test"
     episodes: Positive = 600
+    ways: Annotated[int, Field(ge=2)] | None = Field(None, description="classes of an episode; null: as in training")
+    shots: Positive | None = Field(None, description="support examples a class; null: as in training")
     query_shots: Positive | None = Field(None, description="query examples a class; null: as in training")
     every: Natural = Field(0, description="steps between evaluations during training; 0: none")
     validation_split: str = Field("validation", description="the split of the evaluations during training")

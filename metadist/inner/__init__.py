@@ -1,18 +1,20 @@
 """The adaptation engine: functional models, inner loops, and their meta-gradients over many tasks."""
 
 from metadist.inner.adjoint import InnerProblem
+from metadist.inner.batchnorm import BatchNormMode
 from metadist.inner.compiled import compiler_missing
-from metadist.inner.engine import Engine, TaskGradients, choose_strategy
+from metadist.inner.engine import Engine, choose_strategy
 from metadist.inner.functional import FunctionalModel, Tensors
-from metadist.inner.gradients import gradients
+from metadist.inner.gradients import curvature, gradients
 
 __all__ = [
+    "BatchNormMode",
     "Engine",
     "FunctionalModel",
     "InnerProblem",
-    "TaskGradients",
     "Tensors",
     "choose_strategy",
     "compiler_missing",
+    "curvature",
     "gradients",
 ]

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -27,17 +26,8 @@ Strategy = Literal["vectorised", "adjoint", "loop"]
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class TaskGradients:
-    """Gradients summed over the tasks of a microbatch, and each task's extra outputs (stacked, ``[T, ...]``)."""
-
-    shared: Tensors
-    fast: Tensors
-    extra: Any
-
-
 class Engine:
-    """Runs an algorithm's inner problem over the tasks of a microbatch.
+    """Runs an algorithm's work on each task over all tasks of a microbatch.
 
     Args:
         strategy: ``vectorised`` computes all tasks in one call (vmap of the adjoint form); ``adjoint``
@@ -49,39 +39,49 @@ class Engine:
         if strategy not in ("vectorised", "adjoint", "loop"):
             raise ValueError(f"strategy must be vectorised, adjoint or loop, not {strategy!r}")
         self.strategy, self.compile = strategy, compile and strategy == "vectorised"
-        self._compiled: dict[InnerProblem, CompiledFunction] = {}
+        self._compiled: dict[Any, CompiledFunction] = {}
 
     def meta_gradient(
-        self, problem: InnerProblem, shared: Tensors, fast: Tensors, batch: EpisodeBatch
-    ) -> TaskGradients:
-        """The sum over the batch's tasks of the gradient of each task's objective.
+        self, problem: InnerProblem, meta_params: Tensors, batch: EpisodeBatch, constants: Tensors | None = None
+    ) -> tuple[Tensors, Any]:
+        """The gradient of the objective summed over the tasks, and each task's extra outputs, ``[T, ...]``.
 
         Args:
-            problem: the algorithm's step and objective.
-            shared: meta-parameters that are not adapted.
-            fast: the initialisation of those that are.
+            problem: the algorithm's inner loop and objective; keep one object for all calls.
+            meta_params: what is learned.
             batch: T episodes; ``x [T, examples, ...]``.
+            constants: tensors for ``problem.start`` which change from call to call but are not learned.
         """
-
-        if self.strategy == "vectorised":
-            run = self._compiled_for(problem) if self.compile else functools.partial(_vectorised, problem)
-            return TaskGradients(*run(shared, fast, batch.support, batch.query))
-
         one = adjoint.loop_meta_gradient if self.strategy == "loop" else adjoint.meta_gradient
-        total: tuple[Tensors, Tensors] | None = None
-        extras = []
-        for episode in batch:
-            with self._gradients():
-                *grads, extra = one(problem, shared, fast, episode.support, episode.query)
-            extras.append(_detached(extra))
-            total = (grads[0], grads[1]) if total is None else (_add(total[0], grads[0]), _add(total[1], grads[1]))
-        assert total is not None, "a batch has at least one task"
-        return TaskGradients(total[0], total[1], _stack(extras))
+        shared = (meta_params, constants or {})
+        return self.sum_tasks(functools.partial(one, problem), shared, (batch.support, batch.query), key=problem)
 
-    def _compiled_for(self, problem: InnerProblem) -> CompiledFunction:
-        if problem not in self._compiled:
-            self._compiled[problem] = CompiledFunction(functools.partial(_vectorised, problem))
-        return self._compiled[problem]
+    def sum_tasks(
+        self, one: Callable[..., tuple[Tensors, Any]], shared: tuple[Any, ...], tasks: tuple[Any, ...], key: Any = None
+    ) -> tuple[Tensors, Any]:
+        """``one(*shared, *task) -> (gradient, extra)`` of every task: the sum of the first, the second stacked.
+
+        Args:
+            one: a pure function of tensors; what :mod:`~metadist.inner.gradients` offers it may use.
+            shared: arguments that are the same for all tasks.
+            tasks: arguments with a leading task dimension.
+            key: what stands for ``one`` from call to call, so that it is compiled once; None for ``one`` itself.
+        """
+        if self.strategy == "vectorised":
+            key = one if key is None else key
+            if self.compile and key not in self._compiled:
+                self._compiled[key] = CompiledFunction(functools.partial(_vectorised, one))
+            run = self._compiled[key] if self.compile else functools.partial(_vectorised, one)
+            return run(shared, tasks)
+        total: Tensors | None = None
+        extras = []
+        for task in _unstacked(tasks):
+            with self._gradients():
+                gradient, extra = one(*shared, *task)
+            extras.append(_detached(extra))
+            total = _detached(gradient if total is None else {k: total[k] + gradient[k] for k in total})
+        assert total is not None, "a batch has at least one task"
+        return total, _stack(extras)
 
     def map_tasks(self, fn: Callable[[Examples, Examples], Any], batch: EpisodeBatch) -> Any:
         """``fn(support, query)`` of each task, its outputs stacked with a leading task dimension."""
@@ -124,23 +124,16 @@ def choose_strategy(model: FunctionalModel, probe: Callable[[Engine], Any]) -> t
 
 
 def _vectorised(
-    problem: InnerProblem, shared: Tensors, fast: Tensors, support: Examples, query: Examples
-) -> tuple[Tensors, Tensors, Any]:
+    one: Callable[..., tuple[Tensors, Any]], shared: tuple[Any, ...], tasks: tuple[Any, ...]
+) -> tuple[Tensors, Any]:
     """Summed gradients and stacked extra outputs of all tasks in one call."""
-
-    def one(support: Examples, query: Examples) -> tuple[Tensors, Tensors, Any]:
-        return adjoint.meta_gradient(problem, shared, fast, support, query)
-
-    g_shared, g_fast, extra = vmap(one)(support, query)
-    return _sum_tasks(g_shared), _sum_tasks(g_fast), _detached(extra)
+    gradient, extra = vmap(lambda *task: one(*shared, *task))(*tasks)
+    return {k: v.sum(0) for k, v in gradient.items()}, _detached(extra)
 
 
-def _sum_tasks(tensors: Tensors) -> Tensors:
-    return {k: v.sum(0) for k, v in tensors.items()}
-
-
-def _add(a: Tensors, b: Tensors) -> Tensors:
-    return {k: a[k] + b[k] for k in a}
+def _unstacked(tasks: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    leaves, spec = pytree.tree_flatten(tasks)
+    return [pytree.tree_unflatten([leaf[i] for leaf in leaves], spec) for i in range(len(leaves[0]))]
 
 
 def _detached(tree: Any) -> Any:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+
+from metadist.inner.batchnorm import MEAN, VAR, BatchNormMode, Pass, adopt_batchnorm
 
 Tensors = dict[str, Tensor]
 
@@ -17,48 +21,121 @@ _RANDOM = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout
 class FunctionalModel:
     """``module`` with its parameters taken out; calling it changes nothing.
 
-    BatchNorm normalises by the statistics of the very examples it is given (the query set counts as one
-    batch, so evaluation is *transductive*): statistics per task keep a task's result independent of the
-    tasks computed beside it. Running statistics are neither read nor kept.
-
     Args:
         module: any module; it is copied, so the one passed in stays as it is.
         device: where the calls run.
         dtype: of floating-point parameters and buffers; None leaves them.
+        batchnorm: whose statistics normalise whom, see :mod:`metadist.inner.batchnorm`. In every mode they
+            are per task, so that a task's result does not depend on the tasks computed beside it.
     """
 
-    def __init__(self, module: nn.Module, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> None:
-        self.module = copy.deepcopy(module).to(device=device, dtype=dtype)
-        self.device = torch.device(device)
-        self.has_batchnorm = _use_batch_statistics(self.module)
+    def __init__(
+        self,
+        module: nn.Module,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        batchnorm: BatchNormMode = "transductive",
+    ) -> None:
+        self.module, self.device = copy.deepcopy(module), torch.device(device)
+        self.norms = adopt_batchnorm(self.module, batchnorm)
+        self.module.to(device=device, dtype=dtype)
+        self.batchnorm: str = batchnorm if self.norms else "none"
+        """The mode, or ``none`` for a model without BatchNorm."""
         self.module.train()
+        self._seen: Tensors | None = None
         self.buffers: Tensors = {k: v.detach() for k, v in self.module.named_buffers()}
 
     def initial_params(self) -> Tensors:
         """The module's parameters, each a detached copy."""
         return {k: v.detach().clone() for k, v in self.module.named_parameters()}
 
-    def __call__(self, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        """The module's output for ``x [examples, ...]`` under ``params``."""
-        return functional_call(self.module, {**params, **self.buffers}, (x,), strict=True)
+    def __call__(
+        self,
+        params: Mapping[str, Tensor],
+        x: Tensor,
+        *,
+        reference: Tensor | None = None,
+        step: int = 0,
+        evaluation: bool = False,
+    ) -> Tensor:
+        """The module's output.
+
+        Args:
+            params: the module's parameters and, in mode ``running``, its running statistics.
+            x: inputs, ``[examples, ...]``.
+            reference: the support set's inputs; their statistics normalise ``x`` in mode ``inductive``.
+            step: inner steps made so far, for what there is one of for each step.
+            evaluation: normalise by the running statistics, in mode ``running``.
+        """
+        rows = len(reference) if reference is not None and self.batchnorm == "inductive" else 0
+        if rows:
+            x = torch.cat([reference, x])  # type: ignore[list-item]
+        now = Pass(rows, step, evaluation and self.batchnorm == "running", self._seen)
+        for norm in self.norms:
+            norm.now = now
+        output = functional_call(self.module, {**self.buffers, **params}, (x,), strict=True)
+        return output[rows:] if rows else output
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the module's floating-point parameters."""
+        return next((p.dtype for p in self.module.parameters() if p.is_floating_point()), torch.get_default_dtype())
 
     @property
     def random(self) -> bool:
         """Whether a call draws random numbers (dropout), so that two calls differ."""
         return any(isinstance(m, _RANDOM) and getattr(m, "p", 1) > 0 for m in self.module.modules())
 
-    @property
-    def batchnorm(self) -> str:
-        """``transductive``, or ``none`` for a model without BatchNorm."""
-        return "transductive" if self.has_batchnorm else "none"
+    # ----------------------------------------------------------------- in two parts
 
+    def cut_at(self, head: str) -> None:
+        """Makes :meth:`features` and :meth:`classify` available: the model before its last layer, and that layer.
 
-def _use_batch_statistics(module: nn.Module) -> bool:
-    """Switches BatchNorm to the batch's own statistics; says whether there was any."""
-    found = False
-    for m in module.modules():
-        if isinstance(m, nn.modules.batchnorm._BatchNorm):
-            found = True
-            m.track_running_stats = False
-            m.running_mean = m.running_var = m.num_batches_tracked = None
-    return found
+        Args:
+            head: name of the layer.
+        """
+        self._head = head
+        self.head_params = tuple(k for k, _ in self.module.named_parameters() if k.startswith(head + "."))
+
+    def features(self, params: Mapping[str, Tensor], x: Tensor, **how: Any) -> Tensor:
+        """What goes into the last layer, ``[examples, features]``; arguments as of a call."""
+        parent, _, name = self._head.rpartition(".")
+        owner = self.module.get_submodule(parent)
+        head = getattr(owner, name)
+        setattr(owner, name, nn.Identity())
+        try:
+            return self({k: v for k, v in params.items() if k not in self.head_params}, x, **how)
+        finally:
+            setattr(owner, name, head)
+
+    def classify(self, params: Mapping[str, Tensor], features: Tensor) -> Tensor:
+        """The last layer's output for ``features``."""
+        start = len(self._head) + 1
+        own = {k[start:]: params[k] for k in self.head_params}
+        return functional_call(self.module.get_submodule(self._head), own, (features,), strict=True)
+
+    # ----------------------------------------------------------------- BatchNorm
+
+    def initial_statistics(self, steps: int) -> Tensors:
+        """Running statistics before the first update, ``[steps, channels]`` each; none but in mode ``running``."""
+        return {name: self.buffers[name].repeat(steps, 1) for name in self.averages()}
+
+    def averages(self) -> dict[str, float]:
+        """Names of the running statistics, with the rate at which each moves."""
+        if self.batchnorm != "running":
+            return {}
+        return {n.name + part: n.momentum for n in self.norms for part in (MEAN, VAR)}
+
+    @contextmanager
+    def recording(self) -> Iterator[Tensors]:
+        """Within it, calls leave their batches' statistics in the dict it gives, by the names of the averages.
+
+        It stays empty but in mode ``running``. Read it where the call was made: inside the same
+        ``torch.func`` transform.
+        """
+        seen: Tensors = {}
+        self._seen = seen if self.batchnorm == "running" else None
+        try:
+            yield seen
+        finally:
+            self._seen = None

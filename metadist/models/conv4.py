@@ -17,18 +17,18 @@ class Conv4(nn.Module):
 
     Args:
         in_channels: channels of the pictures.
-        out_features: classes.
+        out_features: classes; None leaves the classifier out, as an embedding.
         filters: channels of each block.
         downsample: ``stride`` (average of the last map) or ``max_pool`` (the last map flattened).
         image_size: height and width of the pictures, for ``max_pool``; at least 16 there.
 
-    Input ``[N, in_channels, H, W]``, output ``[N, out_features]``.
+    Input ``[N, in_channels, H, W]``, output ``[N, out_features]``, or ``[N, filters * positions]`` as an embedding.
     """
 
     def __init__(
         self,
         in_channels: int,
-        out_features: int,
+        out_features: int | None,
         filters: int = 64,
         downsample: str = "stride",
         image_size: tuple[int, int] = (28, 28),
@@ -53,7 +53,7 @@ class Conv4(nn.Module):
         positions = 1 if downsample == "stride" else (image_size[0] // 16) * (image_size[1] // 16)
         if positions < 1:
             raise ValueError(f"max_pool halves four times, so pictures of {image_size} are too small; use 16 or more")
-        self.head = nn.Linear(filters * positions, out_features)
+        self.head = nn.Identity() if out_features is None else nn.Linear(filters * positions, out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         features = self.blocks(x)

@@ -14,19 +14,19 @@ class MLP(nn.Module):
 
     Args:
         in_features: numbers of an input, all its dimensions together.
-        out_features: numbers of an output.
+        out_features: numbers of an output; None ends with the last hidden layer, as an embedding.
         hidden: sizes of the hidden layers; none gives a linear model.
 
     Input ``[N, ...]`` with ``in_features`` numbers an example, output ``[N, out_features]``.
     """
 
-    def __init__(self, in_features: int, out_features: int, hidden: Sequence[int] = (40, 40)) -> None:
+    def __init__(self, in_features: int, out_features: int | None, hidden: Sequence[int] = (40, 40)) -> None:
         super().__init__()
-        sizes = [in_features, *hidden, out_features]
+        sizes = [in_features, *hidden, *([] if out_features is None else [out_features])]
         layers: list[nn.Module] = []
         for fan_in, fan_out in itertools.pairwise(sizes):
             layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
-        self.layers = nn.Sequential(*layers[:-1])
+        self.layers = nn.Sequential(*layers[:-1])  # no ReLU after the last
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(torch.flatten(x, 1))

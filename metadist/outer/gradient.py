@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -51,6 +51,25 @@ class Layout:
         for d in self.dtypes:
             wide = torch.promote_types(wide, d)
         return wide
+
+    def places(self, named: Mapping[str, Any]) -> list[tuple[int, int, Any]]:
+        """``(start, stop, what)`` in the vector for each ``name: what``, neighbours with the same ``what`` joined.
+
+        Raises:
+            ValueError: a name is not in the layout.
+        """
+        if unknown := set(named) - set(self.names):
+            raise ValueError(f"there is no meta-parameter {min(unknown)!r}")
+        found: list[tuple[int, int, Any]] = []
+        start = 0
+        for name, size in zip(self.names, self.sizes, strict=True):
+            if name in named:
+                if found and found[-1][1] == start and found[-1][2] == named[name]:
+                    found[-1] = (found[-1][0], start + size, named[name])
+                else:
+                    found.append((start, start + size, named[name]))
+            start += size
+        return found
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """One vector ``[numel]`` on the CPU, in :attr:`dtype`; a copy."""

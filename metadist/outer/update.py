@@ -42,7 +42,9 @@ class MetaUpdate:
 
     Args:
         meta_params: the vector ``[numel]``; copied.
-        options: the ``outer`` section of the config, as a mapping.
+        options: the ``outer`` section of the config, as a mapping. ``rules``, if there, lists what no optimizer
+            moves, as ``(start, stop, {"kind": ..., "rate": ...})``: a running ``average`` of the mean, or something to
+            ``replace`` by the sum (see :class:`metadist.algorithms.base.Rule`).
         version: updates made so far.
     """
 
@@ -58,12 +60,17 @@ class MetaUpdate:
             ``grad_norm`` (of the mean, before clipping) and ``outer_lr``.
 
         Raises:
-            FloatingPointError: the gradient is not finite; nothing has changed.
+            FloatingPointError: the gradient or what follows a rule is not finite; nothing has changed.
         """
         gradient = gradient_sum.to(self.vector.dtype) / tasks
+        ruled = [(a, z, self._ruled(a, z, rule, gradient_sum, tasks)) for a, z, rule in self.options.get("rules", ())]
+        for a, z, _ in ruled:
+            gradient[a:z] = 0
         norm = global_norm(gradient)
         if not math.isfinite(norm):
             raise FloatingPointError(f"the norm of the meta-gradient is {norm}")
+        if not all(bool(torch.isfinite(values).all()) for _, _, values in ruled):
+            raise FloatingPointError("an average or carried state is not finite")
         clip = self.options.get("clip_norm")
         if clip is not None and norm > clip:
             gradient *= clip / norm
@@ -74,8 +81,19 @@ class MetaUpdate:
         self.vector.grad = gradient
         self.optimizer.step()
         self.vector.grad = None
+        with torch.no_grad():
+            for a, z, values in ruled:
+                self.vector[a:z] = values
         self.version += 1
         return {"grad_norm": norm, "outer_lr": lr}
+
+    def _ruled(self, start: int, stop: int, rule: dict[str, Any], total: Tensor, tasks: int) -> Tensor:
+        """The next values of a part that follows a rule."""
+        new = total[start:stop].to(self.vector.dtype)
+        if rule["kind"] == "replace":
+            return new.clone()
+        old = self.vector[start:stop].detach()
+        return old + rule["rate"] * (new / tasks - old)
 
     def state(self) -> dict[str, Tensor]:
         """The optimizer's tensors by name (``exp_avg``, ``step`` ...), copied."""

@@ -40,8 +40,13 @@ class Backend(Protocol):
     Calls come from one thread. Workers are known by numbers that are never used twice.
     """
 
-    def start(self, snapshot: dict[str, Any]) -> None:
-        """Brings up the server at a snapshot, and the workers; returns when one of them is ready."""
+    def start(self, snapshot: dict[str, Any], outer: dict[str, Any]) -> None:
+        """Brings up the server at a snapshot, and the workers; returns when one of them is ready.
+
+        Args:
+            snapshot: see :meth:`metadist.server.ParameterServer.snapshot`.
+            outer: options of the meta-update.
+        """
 
     def idle(self) -> list[int]:
         """Workers that are ready and compute nothing, in order of their numbers."""

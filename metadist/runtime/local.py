@@ -29,10 +29,9 @@ class LocalBackend:
         self._pending: list[Lease] = []
         self._threads = torch.get_num_threads()
 
-    def start(self, snapshot: dict[str, Any]) -> None:
-        config = self._experiment.config
+    def start(self, snapshot: dict[str, Any], outer: dict[str, Any]) -> None:
         self._worker = MetaWorker(self._experiment, self._device)
-        self._server = ParameterServer(snapshot["weights"], config.outer.model_dump(), snapshot["version"])
+        self._server = ParameterServer(snapshot["weights"], outer, snapshot["version"])
         if snapshot.get("outer_state"):
             self._server.restore(snapshot)
         self._weights = self._server.weights()

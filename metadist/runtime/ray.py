@@ -104,11 +104,10 @@ class RayBackend:
             self.close()
             raise
 
-    def start(self, snapshot: dict[str, Any]) -> None:
-        config = self._experiment.config
+    def start(self, snapshot: dict[str, Any], outer: dict[str, Any]) -> None:
         self._experiment_ref = ray.put(self._experiment)
         self._server = _Server.options(num_cpus=0, max_restarts=0).remote(  # type: ignore[attr-defined]
-            snapshot, config.outer.model_dump(), self._runtime.threads_per_worker
+            snapshot, outer, self._runtime.threads_per_worker
         )
         self._weights = self._server.weights.remote()
         for _ in range(self._workers):

@@ -95,7 +95,7 @@ def test_what_is_missing_is_named(text: str, message: str) -> None:
     ("text", "message"),
     [
         (LEAST.replace("glyphs", "glyph"), "tasks.type: there is no 'glyph'; did you mean glyphs?"),
-        (LEAST.replace("conv4", "zzz"), "model.type: there is no 'zzz'; choose one of conv4, mlp, custom"),
+        (LEAST.replace("conv4", "zzz"), "model.type: there is no 'zzz'; choose one of conv4, mlp, flatten, custom"),
         (SHARDS % "sampler: {type: windw}", "tasks.sampler.type: there is no 'windw'; did you mean window?"),
     ],
 )
@@ -190,7 +190,7 @@ def test_the_last_word_counts_and_the_file_is_left_as_it_was() -> None:
 def test_changing_a_type_drops_what_the_new_type_does_not_know() -> None:
     text = LEAST.replace("conv4", "conv4, filters: 8").replace("glyphs", "glyphs, ways: 7, shots: 3")
     made = config(text, "model.type=mlp", "model.hidden=[9]", "tasks.type=sinusoid")
-    assert made.model.model_dump() == {"type": "mlp", "hidden": (9,)}
+    assert made.model.model_dump() == {"type": "mlp", "batchnorm": "transductive", "hidden": (9,)}
     assert made.tasks.model_dump() == {"type": "sinusoid", "shots": 3, "query_shots": 10}
 
 
@@ -199,8 +199,8 @@ def test_naming_the_type_again_drops_nothing() -> None:
 
 
 def test_a_new_types_own_faults_are_told() -> None:
-    assert fault(LEAST, "model.type=mlp", "model.filters=8").endswith("model.filters: there is no such field; "
-                                                                      "choose one of type, hidden")  # fmt: skip
+    told = fault(LEAST, "model.type=mlp", "model.filters=8")
+    assert told.endswith("model.filters: there is no such field; choose one of type, batchnorm, hidden")
 
 
 @pytest.mark.parametrize("word", ["outer.lr", "=3", "outer..lr=1", "outer.=1", "a b=1"])

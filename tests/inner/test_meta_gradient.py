@@ -77,7 +77,7 @@ def classes(shape: tuple[int, ...], tasks: int = 3, ways: int = 3, shots: int = 
 
 def maml(module: nn.Module, batch: EpisodeBatch, strategy: Strategy = "vectorised", **options: Any) -> MAML:
     algorithm = MAML(inner_lr=LR, **options)
-    objective = resolve_objective(algorithm.loss, batch.query.y)
+    objective = resolve_objective(algorithm.loss, batch.query.y[0])
     algorithm.bind(FunctionalModel(module, dtype=torch.float64), objective, Engine(strategy))
     return algorithm
 
@@ -211,7 +211,7 @@ class AdaptAlone(Algorithm):
 def test_an_algorithm_with_adapt_alone_gets_the_exact_meta_gradient(strategy: Strategy) -> None:
     module, batch = Normed().double(), classes((6,))
     learner = AdaptAlone()
-    learner.bind(FunctionalModel(module), resolve_objective("auto", batch.query.y), Engine(strategy))
+    learner.bind(FunctionalModel(module), resolve_objective("auto", batch.query.y[0]), Engine(strategy))
     got, wanted = learner.meta_gradient(learner.initial_meta_params(), batch), results(module, batch, inner_steps=2)
     assert relative(got.gradient, wanted.gradient) < 1e-10
     assert {k: v.tolist() for k, v in got.metrics.items()} == {

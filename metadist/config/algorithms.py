@@ -1,0 +1,154 @@
+"""The learners an experiment may choose, with their hyper-parameters."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from metadist.config.section import CustomConfig, Natural, Positive, PythonConfig, Rate, Section
+
+Loss = Annotated[
+    str,
+    Field(
+        pattern=r"^(auto|cross_entropy|binary_cross_entropy|mse|[A-Za-z_][\w.]*:[A-Za-z_][\w.]*)$",
+        description="auto (by the targets' type), cross_entropy, binary_cross_entropy, mse, or "
+        "package.module:function(output, target)",
+    ),
+]
+
+
+class Judged(Section):
+    """Fields of every learner."""
+
+    loss: Loss = "auto"
+    metric: Literal["auto", "accuracy", "auc", "mean_squared_error"] = Field(
+        "auto", description="what tasks are judged by; auto: what goes with the loss"
+    )
+
+
+class InnerLoop(Judged):
+    """Fields of every learner that adapts by gradient steps."""
+
+    inner_lr: Rate = Field(0.01, description="step size of the inner loop")
+    inner_steps: Positive = Field(1, description="gradient steps of the inner loop in training")
+    evaluation_inner_steps: Positive | None = Field(None, description="the same in evaluation; null: as in training")
+
+
+class SecondOrder(InnerLoop):
+    """Fields of every learner that can leave out second derivatives."""
+
+    first_order: bool = Field(False, description="leave out the second derivatives")
+
+
+class WithHead(SecondOrder):
+    """Fields of every learner that treats the last layer apart."""
+
+    head: str | None = Field(None, description="name of the model's last layer; null: the linear layer defined last")
+
+
+class MAMLConfig(SecondOrder):
+    """Model-agnostic meta-learning, exact second order; `first_order: true` for its approximation."""
+
+    type: Literal["maml"] = "maml"
+
+
+class ANILConfig(WithHead):
+    """MAML that adapts the last layer alone: nearly as good, several times cheaper."""
+
+    type: Literal["anil"] = "anil"
+
+
+class BOILConfig(WithHead):
+    """MAML that adapts all but the last layer: features must move, good where domains differ."""
+
+    type: Literal["boil"] = "boil"
+
+
+class MetaSGDConfig(SecondOrder):
+    """MAML with a learned inner rate for every parameter."""
+
+    type: Literal["meta_sgd"] = "meta_sgd"
+
+
+class MAMLPlusPlusConfig(InnerLoop):
+    """MAML++: learned rates a layer and step, multi-step loss, per-step BatchNorm; steadier over many steps."""
+
+    type: Literal["mamlpp"] = "mamlpp"
+    inner_steps: Positive = Field(5, description="gradient steps of the inner loop in training")
+    learned_rates: bool = Field(True, description="learn an inner rate for each layer and step")
+    multi_step_loss_updates: Natural = Field(
+        1000, description="meta-updates until only the last step's query loss counts; 0: from the start"
+    )
+    first_order_updates: Natural = Field(0, description="meta-updates by first-order gradients at the start")
+    per_step_norm: bool = Field(True, description="BatchNorm weights and biases of their own for each inner step")
+
+
+class CAVIAConfig(SecondOrder):
+    """Adapts a small context vector that modulates the network: little to adapt, hard to overfit."""
+
+    type: Literal["cavia"] = "cavia"
+    inner_lr: Rate = Field(1.0, description="step size of the inner loop")
+    context_size: Positive = Field(5, description="numbers of the context")
+    layer: str | None = Field(None, description="name of the layer it modulates; null: the first with weights")
+    modulation: Literal["shift", "film"] = Field("shift", description="add to the layer's output, or scale it as well")
+
+
+class ReptileConfig(InnerLoop):
+    """Walks towards each task's adapted parameters: no second derivatives, no query set, long inner loops."""
+
+    type: Literal["reptile"] = "reptile"
+    inner_steps: Positive = Field(5, description="gradient steps of the inner loop in training")
+    inner_batch_size: Positive | None = Field(None, description="support examples of an inner step; null: all")
+
+
+class IMAMLConfig(InnerLoop):
+    """Implicit MAML: meta-gradient by conjugate gradient at the end of a long, proximal inner loop."""
+
+    type: Literal["imaml"] = "imaml"
+    inner_lr: Rate = Field(0.1, description="step size of the inner loop")
+    inner_steps: Positive = Field(16, description="gradient steps of the inner loop in training")
+    proximity: Rate = Field(2.0, description="pull towards the initialisation, lambda")
+    cg_steps: Positive = Field(5, description="steps of conjugate gradient; its residual is logged as cg_residual")
+
+
+class ProtoMAMLConfig(WithHead):
+    """MAML whose last layer starts from the classes' prototypes: any number of ways, strong with few steps."""
+
+    type: Literal["protomaml"] = "protomaml"
+
+
+class ProtoNetConfig(Judged):
+    """Prototypical networks: the nearest class mean in a learned embedding; no inner loop, fast."""
+
+    type: Literal["protonet"] = "protonet"
+    distance: Literal["euclidean", "cosine"] = Field("euclidean", description="of query and prototype")
+
+
+class MatchingNetConfig(Judged):
+    """Matching networks: attention over the support examples in a learned embedding; no inner loop, fast."""
+
+    type: Literal["matchingnet"] = "matchingnet"
+    sharpness: Rate = Field(10.0, description="factor of the cosine similarities before the softmax; 1 in the paper")
+
+
+class CustomAlgorithmConfig(CustomConfig):
+    """An Algorithm of your own, named by import_path."""
+
+
+AlgorithmConfig = Annotated[
+    MAMLConfig
+    | ANILConfig
+    | BOILConfig
+    | MetaSGDConfig
+    | MAMLPlusPlusConfig
+    | CAVIAConfig
+    | ReptileConfig
+    | IMAMLConfig
+    | ProtoMAMLConfig
+    | ProtoNetConfig
+    | MatchingNetConfig
+    | CustomAlgorithmConfig
+    | PythonConfig,
+    Field(discriminator="type"),
+]

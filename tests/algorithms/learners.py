@@ -1,0 +1,126 @@
+"""Every listed learner with a task that is small enough to check it on: what a new one adds to get its tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from metadist.algorithms import BUILT_IN, Algorithm, resolve_objective
+from metadist.episode import Episode, EpisodeBatch, Examples
+from metadist.inner import Engine, FunctionalModel
+from metadist.inner.engine import Strategy
+from metadist.models import MLP, Flatten
+
+
+@dataclass(frozen=True)
+class Case:
+    """A learner as the suite runs it.
+
+    Args:
+        type: its name in a config.
+        options: hyper-parameters, as few steps as show something.
+        tasks: ``regression``, ``classes`` or ``sequence``.
+        model: of the config.
+        exact: whether its meta-gradient is the derivative of its mean query loss.
+        refused: hyper-parameters it must not take, with a word of what it says.
+        learns: outer options under which its loss falls within 40 updates.
+    """
+
+    type: str
+    options: dict[str, Any] = field(default_factory=dict)
+    tasks: str = "classes"
+    model: str = "mlp"
+    exact: bool = True
+    refused: dict[str, Any] = field(default_factory=dict)
+    learns: dict[str, Any] = field(default_factory=dict)
+
+
+INNER = {"inner_lr": 0.1, "inner_steps": 2}
+
+CASES: dict[str, Case] = {
+    "maml": Case("maml", INNER, refused={"inner_lr": 0.0}),
+    "maml first order": Case("maml", {**INNER, "first_order": True}, exact=False),
+    "anil": Case("anil", INNER, refused={"head": "nowhere"}),
+    "boil": Case("boil", INNER, refused={"inner_steps": 0}),
+    "meta_sgd": Case("meta_sgd", INNER, refused={"inner_lr": -1.0}),
+    "mamlpp": Case("mamlpp", {**INNER, "multi_step_loss_updates": 0}, refused={"multi_step_loss_updates": -1}),
+    "cavia": Case("cavia", {"inner_lr": 0.5, "inner_steps": 2, "context_size": 3}, refused={"modulation": "bend"}),
+    "cavia film": Case("cavia", {"inner_lr": 0.5, "context_size": 3, "modulation": "film"}),
+    "reptile": Case("reptile", {**INNER, "inner_steps": 4, "inner_batch_size": 3}, exact=False,
+                    refused={"inner_batch_size": 0}),
+    "imaml": Case("imaml", {**INNER, "cg_steps": 3}, exact=False, refused={"proximity": 0.0}),
+    "protomaml": Case("protomaml", INNER, refused={"head": "layers.1"}),
+    "protonet": Case("protonet", refused={"distance": "manhattan"}),
+    "protonet cosine": Case("protonet", {"distance": "cosine"}),
+    "matchingnet": Case("matchingnet", refused={"sharpness": 0.0}),
+}  # fmt: skip
+
+WAYS, SHOTS, QUERY, FEATURES = 3, 2, 2, 4
+
+
+def episodes(tasks: int, seed: int = 0, kind: str = "classes") -> EpisodeBatch:
+    """Small tasks in float64: noisy clusters to tell apart, whose centres are the task."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def one() -> Episode:
+        centres = torch.randn(WAYS, FEATURES, generator=generator, dtype=torch.float64)
+
+        def draw(n: int) -> Examples:
+            y = torch.arange(WAYS).repeat(n)
+            noise = torch.randn(WAYS * n, FEATURES, generator=generator, dtype=torch.float64)
+            return Examples(centres[y] + 0.3 * noise, y)
+
+        return Episode(draw(SHOTS), draw(QUERY))
+
+    return EpisodeBatch.stack([one() for _ in range(tasks)])
+
+
+class Normed(nn.Module):
+    """A network with BatchNorm."""
+
+    def __init__(self, out: int | None) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(FEATURES, 6), nn.BatchNorm1d(6)
+        self.last = nn.Identity() if out is None else nn.Linear(6, out)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.tanh(self.norm(self.first(x))))
+
+
+class Smooth(nn.Module):
+    """A network that is differentiable everywhere, for finite differences."""
+
+    def __init__(self, out: int | None) -> None:
+        super().__init__()
+        self.first = nn.Linear(FEATURES, 6)
+        self.last = nn.Identity() if out is None else nn.Linear(6, out)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.tanh(self.first(x)))
+
+
+MODULES: dict[str, Callable[[int | None], nn.Module]] = {
+    "mlp": lambda out: MLP(FEATURES, out, (6,)),
+    "smooth": Smooth,
+    "normed": Normed,
+    "flatten": lambda out: Flatten(),
+}
+
+
+def learner_of(
+    case: Case, strategy: Strategy = "vectorised", model: str | None = None, batchnorm: str = "transductive"
+) -> Algorithm:
+    """The learner bound to its model, in float64, as :class:`metadist.experiment.Experiment` does it."""
+    torch.manual_seed(3)
+    algorithm = BUILT_IN[case.type](**case.options)
+    example = episodes(1, kind=case.tasks)[0]
+    example = Episode(*(Examples(s.x.float(), s.y) for s in (example.support, example.query)))
+    module = MODULES[model or case.model](WAYS if algorithm.wants == "outputs" else None)
+    module = algorithm.prepare(module, example)
+    functional = FunctionalModel(module, dtype=torch.float64, batchnorm=batchnorm)  # type: ignore[arg-type]
+    objective = resolve_objective(algorithm.loss, example.query.y, algorithm.metric)
+    return algorithm.bind(functional, objective, Engine(strategy))
