@@ -27,6 +27,7 @@ class Case:
         model: of the config.
         exact: whether its meta-gradient is the derivative of its mean query loss.
         refused: hyper-parameters it must not take, with a word of what it says.
+        task_options: of the ``tasks`` section in a run.
         learns: outer options under which its loss falls within 40 updates.
     """
 
@@ -36,6 +37,7 @@ class Case:
     model: str = "mlp"
     exact: bool = True
     refused: dict[str, Any] = field(default_factory=dict)
+    task_options: dict[str, Any] = field(default_factory=dict)
     learns: dict[str, Any] = field(default_factory=dict)
 
 
@@ -48,6 +50,7 @@ CASES: dict[str, Case] = {
     "boil": Case("boil", INNER, refused={"inner_steps": 0}),
     "meta_sgd": Case("meta_sgd", INNER, refused={"inner_lr": -1.0}),
     "mamlpp": Case("mamlpp", {**INNER, "multi_step_loss_updates": 0}, refused={"multi_step_loss_updates": -1}),
+    "mamlpp running": Case("mamlpp", {**INNER, "multi_step_loss_updates": 0}, model="normed"),
     "cavia": Case("cavia", {"inner_lr": 0.5, "inner_steps": 2, "context_size": 3}, refused={"modulation": "bend"}),
     "cavia film": Case("cavia", {"inner_lr": 0.5, "context_size": 3, "modulation": "film"}),
     "reptile": Case("reptile", {**INNER, "inner_steps": 4, "inner_batch_size": 3}, exact=False,
@@ -109,6 +112,13 @@ MODULES: dict[str, Callable[[int | None], nn.Module]] = {
     "normed": Normed,
     "flatten": lambda out: Flatten(),
 }
+
+MODELS: dict[str, dict[str, Any]] = {
+    "mlp": {"type": "mlp", "hidden": [6]},
+    "flatten": {"type": "flatten", "size": 6},
+    "normed": {"type": "conv4", "filters": 4, "batchnorm": "running"},
+}
+"""The same in a config."""
 
 
 def learner_of(

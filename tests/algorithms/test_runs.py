@@ -1,0 +1,90 @@
+"""Promises P1 and P2 for every learner, in one process: who computes what, in which order, and a stop in the middle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from metadist.cli import main
+from metadist.config import validate
+from metadist.experiment import Experiment
+from metadist.outer import Layout, sha256_of
+from metadist.server import ParameterServer
+from metadist.worker import Lease, MetaWorker, Round
+
+from .learners import CASES, MODELS
+
+LISTED = pytest.mark.parametrize("name", CASES)
+
+
+def sections(name: str, **outer: Any) -> dict[str, Any]:
+    """A config of the learner's own smallest kind of run: letters of 12 x 12 pixels."""
+    case = CASES[name]
+    return {
+        "name": "tiny",
+        "tasks": {"type": "glyphs", "ways": 3, "shots": 2, **case.task_options},
+        "model": MODELS[case.model],
+        "algorithm": {"type": case.type, **case.options},
+        "engine": {"strategy": "vectorised"},
+        "outer": {"steps": 4, "meta_batch_size": 5, "tasks_per_microbatch": 2, "lr": 0.01, **outer},
+        "runtime": {"type": "local", "gpus_per_worker": 0},
+        "evaluation": {"episodes": 4},
+        "tracking": {"console": False, "wandb": {"mode": "disabled"}},
+    }
+
+
+def trained(name: str, workers: int, steps: int = 3) -> str:
+    """The sha of the meta-parameters after a few steps by so many workers, the last of them answering first."""
+    experiment = Experiment(validate(sections(name)))
+    learner = experiment.learner()
+    initial = learner.initial_meta_params()
+    layout = Layout.of(initial)
+    rules = layout.places({k: r.__dict__ for k, r in learner.update_rules().items()})
+    server = ParameterServer(layout.flatten(initial).numpy(), {**experiment.config.outer.model_dump(), "rules": rules})
+    crew = [MetaWorker(experiment) for _ in range(workers)]
+    for version in range(steps):
+        round = Round("train", version, "train", "train", version * 5, 5, 2, held=learner.tasks_held_for)
+        cuts = np.linspace(0, round.microbatches, workers + 1).round().astype(int).tolist()
+        leases = [Lease(i, round, a, z) for i, (a, z) in enumerate(zip(cuts, cuts[1:], strict=False)) if a < z]
+        weights = server.weights()
+        for i in reversed(range(len(leases))):
+            _, blocks = crew[(i + version) % workers].compute(leases[i], weights)
+            server.add(version, round.microbatches, blocks)
+        server.commit(version, round.tasks)
+    for worker in crew:
+        worker.close()
+    import torch
+
+    return sha256_of(layout.unflatten(torch.from_numpy(server.weights())))
+
+
+@LISTED
+def test_any_number_of_workers_in_any_order_gives_one_answer(name: str) -> None:
+    alone = trained(name, 1)
+    assert trained(name, 2) == alone == trained(name, 3)
+
+
+def run(words: list[str], run_dir: Path) -> dict[str, Any]:
+    done = CliRunner().invoke(main, words, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return json.loads((run_dir / "summary.json").read_text())
+
+
+@LISTED
+def test_a_run_that_stopped_goes_on_to_the_same_weights(name: str, tmp_path: Path) -> None:
+    import yaml
+
+    for steps in (2, 4):
+        (tmp_path / f"{steps}.yaml").write_text(yaml.safe_dump(sections(name, steps=steps)))
+    whole = run(["train", str(tmp_path / "4.yaml"), "--run-dir", str(tmp_path / "whole")], tmp_path / "whole")
+    run(["train", str(tmp_path / "2.yaml"), "--run-dir", str(tmp_path / "half")], tmp_path / "half")
+    resumed = run(["resume", str(tmp_path / "half"), "outer.steps=4"], tmp_path / "half")
+    assert resumed["meta_params_sha256"] == whole["meta_params_sha256"]
+    assert resumed["evaluation"] == whole["evaluation"]
+    again = CliRunner().invoke(main, ["evaluate", str(tmp_path / "half"), "--json"], catch_exceptions=False)
+    assert json.loads(again.output)["mean"] == pytest.approx(whole["evaluation"]["mean"])
