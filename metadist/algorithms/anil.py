@@ -61,5 +61,9 @@ class ANIL(HeadAndBody):
         shared["features"] = self.model.features(shared["params"], support.x, evaluation=evaluation)
         return shared, fast
 
+    def predict_unadapted(self, meta_params: Tensors, support: Examples, x: Tensor, *, evaluation: bool) -> Tensor:
+        # What the inner loop would set out from is not needed: no features of the support set.
+        return self.output(meta_params, support, x, 0, evaluation)
+
     def support_loss(self, shared: Any, fast: Tensors, support: Examples, k: int, evaluation: bool) -> Tensor:
         return self.objective.loss(self.model.classify(fast, shared["features"]), support.y)

@@ -130,6 +130,8 @@ class MatchingNetConfig(Judged):
 
     type: Literal["matchingnet"] = "matchingnet"
     sharpness: Rate = Field(10.0, description="factor of the cosine similarities before the softmax; 1 in the paper")
+    full_context: bool = Field(False, description="embeddings that see the whole support set, by LSTMs over it")
+    reads: Positive = Field(3, description="how often a query reads the support set for that")
 
 
 class CustomAlgorithmConfig(CustomConfig):

@@ -110,9 +110,12 @@ class FunctionalModel:
 
     def classify(self, params: Mapping[str, Tensor], features: Tensor) -> Tensor:
         """The last layer's output for ``features``."""
-        start = len(self._head) + 1
-        own = {k[start:]: params[k] for k in self.head_params}
-        return functional_call(self.module.get_submodule(self._head), own, (features,), strict=True)
+        return self.part(self._head, params, features)
+
+    def part(self, name: str, params: Mapping[str, Tensor], *inputs: Tensor) -> Tensor:
+        """The output of the submodule ``name`` alone, for ``inputs`` of its own."""
+        own = {k[len(name) + 1 :]: v for k, v in params.items() if k.startswith(name + ".")}
+        return functional_call(self.module.get_submodule(name), own, inputs, strict=True)
 
     # ----------------------------------------------------------------- BatchNorm
 

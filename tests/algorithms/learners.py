@@ -60,6 +60,7 @@ CASES: dict[str, Case] = {
     "protonet": Case("protonet", refused={"distance": "manhattan"}),
     "protonet cosine": Case("protonet", {"distance": "cosine"}),
     "matchingnet": Case("matchingnet", refused={"sharpness": 0.0}),
+    "matchingnet full context": Case("matchingnet", {"full_context": True, "reads": 2}, refused={"reads": 0}),
 }  # fmt: skip
 
 WAYS, SHOTS, QUERY, FEATURES = 3, 2, 2, 4
