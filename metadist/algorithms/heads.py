@@ -35,8 +35,11 @@ def find_head(module: nn.Module, name: str | None, example: Episode) -> str:
     params, x = model.initial_params(), example.support.x
     with torch.no_grad():
         whole = model(params, x)
-        parts = model.classify(params, model.features(params, x))
-    if whole.shape != parts.shape or not torch.allclose(whole, parts, atol=1e-5, rtol=1e-4):
+        try:
+            parts = model.classify(params, model.features(params, x))
+        except RuntimeError:  # without the layer the rest does not fit together
+            parts = None
+    if parts is None or whole.shape != parts.shape or not torch.allclose(whole, parts, atol=1e-5, rtol=1e-4):
         raise ValueError(f"head: the model goes on after its layer {name!r}; name the one whose output is the model's")
     return name
 
