@@ -87,7 +87,7 @@ class ES(MAML):
         """One task's estimate from its noise ``[P, D]``; metrics and statistics without any."""
         learned = self.perturbed(meta_params)
 
-        def judged(shift: Tensor) -> tuple[Tensor, Tensors, Tensors]:
+        def judged(shift: Tensor, support: Examples, query: Examples) -> tuple[Tensor, Tensors, Tensors]:
             moved = {k: learned[k] + v for k, v in unflattened(shift, learned).items()}
             adapted = self.adapt({**meta_params, **moved}, support)
             with self.model.recording() as seen:
@@ -95,10 +95,19 @@ class ES(MAML):
             return loss, metrics, seen
 
         shifts = self.sigma * torch.cat([noise, -noise, torch.zeros_like(noise[:1])])
-        losses, metrics, seen = self.engine.map(judged, shifts)
+        losses, metrics, seen = self.engine.map(judged, shifts, *repeated(len(shifts), support, query))
         plus, minus = losses[: self.pairs], losses[self.pairs : 2 * self.pairs]
         slope = (plus - minus) @ noise / (2 * self.pairs * self.sigma)
-        return unflattened(slope, learned), ({k: v[-1] for k, v in metrics.items()}, {k: v[-1] for k, v in seen.items()})
+        at_rest, statistics = ({k: v[-1] for k, v in d.items()} for d in (metrics, seen))
+        return unflattened(slope, learned), (at_rest, statistics)
+
+
+def repeated(times: int, *examples: Examples) -> list[Examples]:
+    """Each as ``times`` the same, without a copy.
+
+    In a vmap within a vmap some losses of torch (mse_loss, huber_loss) want both their arguments mapped as deep.
+    """
+    return [Examples(*(t.expand(times, *t.shape) for t in e)) for e in examples]
 
 
 def flattened(tensors: Tensors) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metadist.algorithms.base import Algorithm, Rule, TaskResults
-from metadist.algorithms.evolution import ES, flattened, unflattened
+from metadist.algorithms.evolution import ES, flattened, repeated, unflattened
 from metadist.algorithms.losses import LossFunction, Objective
 from metadist.episode import EpisodeBatch, Examples
 from metadist.inner import Engine, FunctionalModel, Tensors, gradients
@@ -180,13 +180,15 @@ class PES(ES):
             The gradient; metrics, statistics and the new states ``[2 P, D]``.
         """
 
-        def unrolled(state: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensors, Tensors]:
+        def unrolled(
+            state: Tensor, turn: Tensor, support: Examples, query: Examples
+        ) -> tuple[Tensor, Tensor, Tensors, Tensors]:
             turned = {RATES: meta_params[RATES] + turn} if self.learned_rate else {}
             shared, fast = self.start({**meta_params, **turned}, self.constants(), support, False)
             return self._unrolled(shared, unflattened(state, fast), support, query)
 
         sides = (torch.cat([plus, minus]), torch.cat([turn, -turn]))
-        losses, after, metrics, seen = self.engine.map(unrolled, *sides)
+        losses, after, metrics, seen = self.engine.map(unrolled, *sides, *repeated(2 * self.pairs, support, query))
         slope = (losses[: self.pairs] - losses[self.pairs :]) @ xi / (2 * self.pairs * self.sigma**2)
         mean_metrics, mean_seen = ({k: v.mean(0) for k, v in d.items()} for d in (metrics, seen))
         return unflattened(slope, self.perturbed(meta_params)), (mean_metrics, mean_seen, after)
