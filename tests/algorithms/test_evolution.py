@@ -142,11 +142,11 @@ class Branching(Nearest):
 
 @pytest.mark.parametrize("kind", [Nearest, Branching])
 def test_es_takes_an_adapt_that_has_no_derivative(kind: type[ES]) -> None:
-    learner = bound(kind(sigma=0.3, pairs=8, loss=half_square), 4)
+    learner = bound(kind(sigma=0.3, pairs=4, loss=half_square), 4)
     learner.engine = Engine("adjoint" if kind is Branching else "vectorised")
     params = learner.initial_meta_params()
     start = float(learner.evaluate(params, bowls(1))["loss"])
-    for step in range(60):
+    for step in range(40):
         learner.moment = Moment(step, seed=step)
         params = {"w": params["w"] - 0.1 * learner.meta_gradient(params, bowls(4)).gradient["w"] / 4}
     # A half of the way at least to the bottom of a bowl that the candidates are a step away from.
@@ -306,4 +306,3 @@ def test_a_state_too_large_to_carry_is_refused() -> None:
 def test_a_horizon_of_broken_truncations_is_refused() -> None:
     with pytest.raises(MetadistError, match="horizon is 7; make it a multiple of inner_steps, 2"):
         experiment("pes", algorithm={"horizon": 7})
-

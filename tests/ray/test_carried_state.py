@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import metadist as md
 from metadist.algorithms import Moment
+from metadist.outer.update import MetaUpdate
 from metadist.tasks.sinusoid import SinusoidTasks
 from metadist.training import resume, train
 from metadist.worker import Lease, MetaWorker, Round
@@ -26,20 +27,25 @@ def results(run_dir: Path) -> tuple[str, Any, list[Any]]:
     return summary["meta_params_sha256"], summary["evaluation"], told
 
 
-@pytest.mark.parametrize("kind", ["es", "pes"])
-def test_a_run_stopped_within_a_horizon_and_resumed_has_the_same_bits(kind: str, tmp_path: Path) -> None:
-    train(experiment(kind), tmp_path / "whole")
-    train(experiment(kind, outer={"steps": 4}), tmp_path / "halves")
-    resume(tmp_path / "halves", ("outer.steps=8",))
-    assert results(tmp_path / "halves") == results(tmp_path / "whole")
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    torch.set_num_threads(1)
+    run_dir = tmp_path_factory.mktemp("carried") / "run"
+    train(experiment("pes"), run_dir)
+    return results(run_dir)
+
+
+def test_a_run_stopped_within_a_horizon_and_resumed_has_the_same_bits(undisturbed: Any, tmp_path: Path) -> None:
+    train(experiment("pes", outer={"steps": 4}), tmp_path / "run")
+    resume(tmp_path / "run", ("outer.steps=8",))
+    assert results(tmp_path / "run") == undisturbed
 
 
 @pytest.mark.parametrize("lost", ["carried", "xi"])
-def test_the_check_of_resuming_notices_lost_state(lost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from metadist.outer.update import MetaUpdate
-
-    train(experiment("pes"), tmp_path / "whole")
-    train(experiment("pes", outer={"steps": 4}), tmp_path / "halves")
+def test_the_check_of_resuming_notices_lost_state(
+    lost: str, undisturbed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    train(experiment("pes", outer={"steps": 4}), tmp_path / "run")
     load, layout = MetaUpdate.load, experiment("pes").learner().initial_meta_params()
 
     def forgetful(self: MetaUpdate, vector: Tensor, state: Any, version: int) -> None:
@@ -51,19 +57,17 @@ def test_the_check_of_resuming_notices_lost_state(lost: str, tmp_path: Path, mon
         load(self, vector, state, version)
 
     monkeypatch.setattr(MetaUpdate, "load", forgetful)
-    resume(tmp_path / "halves", ("outer.steps=8",))
-    assert results(tmp_path / "halves") != results(tmp_path / "whole")
+    resume(tmp_path / "run", ("outer.steps=8",))
+    assert results(tmp_path / "run") != undisturbed
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_ray_gives_the_bits_of_one_process(workers: int, tmp_path: Path) -> None:
-    train(experiment("pes"), tmp_path / "local")
-    train(experiment("pes", runtime={"type": "ray", "workers": workers}), tmp_path / "ray")
-    assert results(tmp_path / "ray") == results(tmp_path / "local")
+def test_ray_gives_the_bits_of_one_process(workers: int, undisturbed: Any, tmp_path: Path) -> None:
+    train(experiment("pes", runtime={"type": "ray", "workers": workers}), tmp_path / "run")
+    assert results(tmp_path / "run") == undisturbed
 
 
 def test_python_objects_get_the_plan_as_well(tmp_path: Path) -> None:
-
     run = md.train(
         model=lambda: nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1)), tasks=SinusoidTasks(),
         algorithm=md.PES(inner_steps=1, horizon=3, pairs=2), outer=md.Outer(steps=4, meta_batch_size=5),
