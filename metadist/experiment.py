@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from metadist.algorithms import BUILT_IN, Algorithm, outputs_for, resolve_objective
+from metadist.algorithms import BUILT_IN, Algorithm, Plan, outputs_for, resolve_objective
 from metadist.config.schema import ClassTasks, Config
 from metadist.episode import Episode
 from metadist.errors import ConfigError
@@ -82,6 +82,11 @@ class Experiment:
         return self.source(self.train_split).episodes(self.config.seed, "example", [0])[0]
 
     @property
+    def plan(self) -> Plan:
+        """How meta-batches are cut into microbatches."""
+        return Plan(self.config.outer.meta_batch_size, int(self.config.outer.tasks_per_microbatch))
+
+    @property
     def train_split(self) -> str:
         return getattr(self.config.tasks, "train_split", "train")
 
@@ -93,6 +98,7 @@ class Experiment:
         example = self.example()
         dtype = DTYPES[self.config.engine.precision]
         algorithm = self._make_algorithm()
+        algorithm.plan = self.plan
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(Rng(self.config.seed, "initialisation").torch_seed())
             module = self._make_module(example, algorithm.wants)
@@ -103,7 +109,11 @@ class Experiment:
         model = FunctionalModel(module, device, dtype, self.config.model.batchnorm)
         strategy = self.config.engine.strategy
         engine = Engine("vectorised" if strategy == "auto" else strategy, self.config.engine.compile)
-        return algorithm.bind(model, resolve_objective(algorithm.loss, example.query.y, algorithm.metric), engine)
+        objective = resolve_objective(algorithm.loss, example.query.y, algorithm.metric)
+        try:
+            return algorithm.bind(model, objective, engine)
+        except ValueError as e:
+            raise ConfigError("algorithm", str(e)) from e
 
     def resolved(self) -> tuple[Experiment, str]:
         """The same experiment with its engine decided, and the reason if it is not the one hoped for."""
@@ -121,6 +131,7 @@ class Experiment:
         learner = self.learner()
         batch = self.source(self.train_split).episodes(self.config.seed, "example", [0, 1])
         batch = batch.to("cpu", DTYPES[self.config.engine.precision])
+        learner.plan = Plan(2, 2)
         params = learner.initial_meta_params()
 
         def probe(engine: Engine) -> None:

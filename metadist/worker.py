@@ -56,10 +56,7 @@ class Round:
 
     def _first(self, microbatch: int) -> int:
         """Number of the first episode of the meta-batch that the microbatch's episodes were drawn for."""
-        if self.held == 1:
-            return self.first
-        # Microbatches change their episodes at different times, so that no update is made of new tasks alone.
-        since = (self.version + microbatch * self.held // self.microbatches) % self.held
+        since = Moment(self.version, microbatch, self.microbatches).since(self.held)
         return self.first + (self.held - 1 - since) * self.tasks
 
 
@@ -162,13 +159,16 @@ class MetaWorker:
         return source.episodes(self.experiment.config.seed, round.stream, round.episodes(microbatch))
 
     def _microbatch(
-        self, round: Round, microbatch: int, params: dict[str, torch.Tensor], batch: EpisodeBatch
+        self, round: Round, microbatch: int, params: dict[str, torch.Tensor], batch: EpisodeBatch, place: int = 0
     ) -> TaskResults:
+        """The results of a microbatch, or of the part of it that begins with its ``place``-th task."""
         batch = batch.to(self.device, self.dtype)
-        # What torch draws by itself (dropout) is a function of the microbatch as well.
-        seed = Rng(self.experiment.config.seed, f"torch/{round.stream}", round.episodes(microbatch).start).torch_seed()
+        # What torch draws by itself (dropout) is a function of the microbatch as well, and of the version also where
+        # episodes are held for several: the number is that of an episode drawn anew.
+        number = round.first + microbatch * round.tasks_per_microbatch
+        seed = Rng(self.experiment.config.seed, f"torch/{round.stream}", number).torch_seed()
         torch.manual_seed(seed)
-        self.learner.moment = Moment(round.version, microbatch, round.microbatches)
+        self.learner.moment = Moment(round.version, microbatch, round.microbatches, seed, place)
         if round.kind == "train":
             return self.learner.meta_gradient(params, batch)
         with torch.no_grad():
@@ -184,7 +184,7 @@ class MetaWorker:
             return [n for n, ok in zip(numbers, torch.isfinite(losses).tolist(), strict=True) if not ok]
         if all(bool(torch.isfinite(g).all()) for g in result.gradient.values()):
             return []
-        alone = [self._microbatch(round, m, params, EpisodeBatch.stack([e])) for e in batch]
+        alone = [self._microbatch(round, m, params, EpisodeBatch.stack([e]), place) for place, e in enumerate(batch)]
         bad = [
             n
             for n, r in zip(numbers, alone, strict=True)

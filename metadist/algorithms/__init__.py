@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from metadist.algorithms.anil import ANIL
-from metadist.algorithms.base import Algorithm, Moment, Rule, TaskResults
+from metadist.algorithms.base import Algorithm, Moment, Plan, Rule, TaskResults
 from metadist.algorithms.boil import BOIL
 from metadist.algorithms.cavia import CAVIA
+from metadist.algorithms.evolution import ES
 from metadist.algorithms.imaml import IMAML
 from metadist.algorithms.losses import Objective, outputs_for, resolve_objective
 from metadist.algorithms.maml import MAML
 from metadist.algorithms.mamlpp import MAMLPlusPlus
 from metadist.algorithms.matchingnet import MatchingNet
 from metadist.algorithms.meta_sgd import MetaSGD
+from metadist.algorithms.persistent import PES
 from metadist.algorithms.protomaml import ProtoMAML
 from metadist.algorithms.protonet import ProtoNet
 from metadist.algorithms.reptile import Reptile
@@ -28,6 +30,8 @@ BUILT_IN: dict[str, type[Algorithm]] = {
     "protomaml": ProtoMAML,
     "protonet": ProtoNet,
     "matchingnet": MatchingNet,
+    "es": ES,
+    "pes": PES,
 }
 
 __all__ = [
@@ -35,14 +39,17 @@ __all__ = [
     "BOIL",
     "BUILT_IN",
     "CAVIA",
+    "ES",
     "IMAML",
     "MAML",
+    "PES",
     "Algorithm",
     "MAMLPlusPlus",
     "MatchingNet",
     "MetaSGD",
     "Moment",
     "Objective",
+    "Plan",
     "ProtoMAML",
     "ProtoNet",
     "Reptile",

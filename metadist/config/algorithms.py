@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from metadist.config.section import CustomConfig, Natural, Positive, PythonConfig, Rate, Section
 
@@ -134,6 +134,35 @@ class MatchingNetConfig(Judged):
     reads: Positive = Field(3, description="how often a query reads the support set for that")
 
 
+class Evolution(InnerLoop):
+    """Fields of every learner that estimates its meta-gradient from perturbations."""
+
+    sigma: Rate = Field(0.05, description="standard deviation of the perturbations")
+    pairs: Positive = Field(8, description="perturbations of each task, each with both signs")
+
+
+class ESConfig(Evolution):
+    """Evolution strategies: meta-gradient from losses alone, for inner loops that cannot be differentiated."""
+
+    type: Literal["es"] = "es"
+
+
+class PESConfig(Evolution):
+    """Persistent evolution strategies: unbiased over long inner loops cut into short truncations; small models."""
+
+    type: Literal["pes"] = "pes"
+    inner_steps: Positive = Field(10, description="gradient steps of a truncation, of which each meta-update makes one")
+    horizon: Positive = Field(100, description="gradient steps of the whole inner loop, a multiple of inner_steps")
+    evaluation_inner_steps: Positive | None = Field(None, description="steps in evaluation; null: the horizon")
+    learned_rate: bool = Field(True, description="learn the inner rate of each parameter tensor")
+
+    @model_validator(mode="after")
+    def _whole_truncations(self) -> PESConfig:
+        if self.horizon % self.inner_steps:
+            raise ValueError(f"horizon is {self.horizon}; make it a multiple of inner_steps, {self.inner_steps}")
+        return self
+
+
 class CustomAlgorithmConfig(CustomConfig):
     """An Algorithm of your own, named by import_path."""
 
@@ -150,6 +179,8 @@ AlgorithmConfig = Annotated[
     | ProtoMAMLConfig
     | ProtoNetConfig
     | MatchingNetConfig
+    | ESConfig
+    | PESConfig
     | CustomAlgorithmConfig
     | PythonConfig,
     Field(discriminator="type"),

@@ -85,12 +85,19 @@ class Engine:
 
     def map_tasks(self, fn: Callable[[Examples, Examples], Any], batch: EpisodeBatch) -> Any:
         """``fn(support, query)`` of each task, its outputs stacked with a leading task dimension."""
+        return self.map(fn, batch.support, batch.query)
+
+    def map(self, fn: Callable[..., Any], *arguments: Any) -> Any:
+        """``fn`` of each member of ``arguments``' leading dimension, its outputs stacked and detached.
+
+        It may be called inside :meth:`sum_tasks`, for what there are several of in a task.
+        """
         if self.strategy == "vectorised":
-            return _detached(vmap(fn)(batch.support, batch.query))
+            return _detached(vmap(fn)(*arguments))
         results = []
-        for episode in batch:
+        for members in _unstacked(arguments):
             with self._gradients():
-                results.append(_detached(fn(episode.support, episode.query)))
+                results.append(_detached(fn(*members)))
         return _stack(results)
 
     def _gradients(self) -> contextlib.AbstractContextManager[None]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from metadist.algorithms import BUILT_IN, Algorithm, resolve_objective
+from metadist.algorithms import BUILT_IN, Algorithm, Plan, resolve_objective
 from metadist.episode import Episode, EpisodeBatch, Examples
 from metadist.inner import Engine, FunctionalModel
 from metadist.inner.engine import Strategy
@@ -61,6 +61,10 @@ CASES: dict[str, Case] = {
     "protonet cosine": Case("protonet", {"distance": "cosine"}),
     "matchingnet": Case("matchingnet", refused={"sharpness": 0.0}),
     "matchingnet full context": Case("matchingnet", {"full_context": True, "reads": 2}, refused={"reads": 0}),
+    "es": Case("es", {**INNER, "pairs": 4}, exact=False, refused={"sigma": 0.0}, learns={"steps": 120, "lr": 0.03}),
+    "pes": Case("pes", {**INNER, "pairs": 4, "horizon": 6}, exact=False, refused={"horizon": 5}),
+    "pes fixed rate": Case("pes", {**INNER, "pairs": 4, "horizon": 4, "learned_rate": False}, exact=False,
+                           refused={"pairs": 0}, learns={"steps": 120, "lr": 0.03}),
 }  # fmt: skip
 
 WAYS, SHOTS, QUERY, FEATURES = 3, 2, 2, 4
@@ -128,6 +132,7 @@ def learner_of(
     """The learner bound to its model, in float64, as :class:`metadist.experiment.Experiment` does it."""
     torch.manual_seed(3)
     algorithm = BUILT_IN[case.type](**case.options)
+    algorithm.plan = Plan(8, 8)
     example = episodes(1, kind=case.tasks)[0]
     example = Episode(*(Examples(s.x.float(), s.y) for s in (example.support, example.query)))
     module = MODULES[model or case.model](WAYS if algorithm.wants == "outputs" else None)

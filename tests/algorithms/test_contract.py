@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from metadist.algorithms import BUILT_IN, Algorithm
+from metadist.algorithms import BUILT_IN, Algorithm, Moment
 from metadist.algorithms.base import PRE
 from metadist.config.algorithms import AlgorithmConfig
 from metadist.config.load import family
@@ -106,6 +106,7 @@ def test_a_task_does_not_feel_its_neighbours(name: str) -> None:
     meta_params = moved(learner)
 
     def run(*which: int) -> Tensors:
+        learner.moment = Moment(place=which[0])
         return learner.meta_gradient(meta_params, EpisodeBatch.stack([tasks[i] for i in which])).gradient
 
     together, apart = run(0, 1, 2), [run(0), run(1), run(2)]
@@ -124,7 +125,9 @@ def test_its_loss_falls_on_a_task_of_its_own(name: str) -> None:
     optimizer = torch.optim.Adam(held, lr=case.learns.get("lr", 0.02))
     for step in range(case.learns.get("steps", 60)):
         params = {**params, **{k: h.detach() for k, h in zip(names, held, strict=True)}}
-        results = learner.meta_gradient(params, episodes(8, seed=step, kind=case.tasks))
+        learner.moment = Moment(version=step, seed=step)
+        results = learner.meta_gradient(params, episodes(8, seed=step // learner.tasks_held_for, kind=case.tasks))
+        params |= {k: results.gradient[k] for k, rule in rules.items() if rule.kind == "replace"}
         for k, h in zip(names, held, strict=True):
             h.grad = results.gradient[k] / 8
         optimizer.step()

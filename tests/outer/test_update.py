@@ -151,3 +151,70 @@ def test_a_restored_update_continues_bit_for_bit(changes: dict[str, Any]) -> Non
     assert second.version == whole.version == 6
     assert torch.equal(second.vector, whole.vector)
     assert all(torch.equal(v, whole.state()[k]) for k, v in second.state().items())
+
+
+# --------------------------------------------------------------------------- what no optimizer moves
+
+AVERAGE, REPLACE = {"kind": "average", "rate": 0.25}, {"kind": "replace", "rate": 1.0}
+RULES = [(10, 20, AVERAGE), (30, 45, REPLACE)]
+FREE = [*range(10), *range(20, 30), *range(45, 50)]
+
+
+@pytest.mark.parametrize(("changes", "make"), OPTIMIZERS, ids=["adam", "adamw", "sgd"])
+def test_rules_hold_and_the_optimizer_moves_the_rest_as_if_there_were_none(changes: dict[str, Any], make: Any) -> None:
+    ruled = MetaUpdate(start(), options(**changes) | {"rules": RULES})
+    alone = MetaUpdate(start()[FREE], options(**changes))
+    average = start()[10:20]
+    for g in gradients():
+        ruled.apply(g * TASKS, TASKS)
+        alone.apply(g[FREE] * TASKS, TASKS)
+        average = average + 0.25 * (g[10:20] - average)  # of the mean over tasks, and no weight decay
+        torch.testing.assert_close(ruled.vector[10:20].detach(), average)
+        # The sum, as it came.
+        assert torch.equal(ruled.vector[30:45], (g * TASKS)[30:45])
+        torch.testing.assert_close(ruled.vector[FREE], alone.vector)
+
+
+def test_the_norm_and_its_clip_do_not_see_what_follows_a_rule() -> None:
+    made = options(optimizer="sgd", lr=1.0, clip_norm=1.0) | {"rules": [(2, 3, AVERAGE), (3, 4, REPLACE)]}
+    update = MetaUpdate(torch.zeros(4), made)
+    assert update.apply(torch.tensor([3.0, 4.0, 1e6, -1e6]), 1)["grad_norm"] == pytest.approx(5.0)
+    assert update.vector.tolist() == pytest.approx([-0.6, -0.8, 0.25e6, -1e6])
+
+
+@pytest.mark.parametrize("at", [12, 33], ids=["average", "replace"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_follows_a_rule_and_is_not_finite_changes_nothing(at: int, bad: float) -> None:
+    update = MetaUpdate(start(), options() | {"rules": RULES})
+    update.apply(gradients()[0], TASKS)
+    vector, state = update.vector.detach().clone(), update.state()
+    poisoned = gradients()[1]
+    poisoned[at] = bad
+    with pytest.raises(FloatingPointError, match="average or carried state is not finite"):
+        update.apply(poisoned, TASKS)
+    assert update.version == 1 and torch.equal(update.vector, vector)
+    assert all(torch.equal(v, state[k]) for k, v in update.state().items())
+
+
+def test_what_was_replaced_comes_back_bit_for_bit_from_a_wider_sum() -> None:
+    """Carried float32 numbers pass through a float64 vector where another meta-parameter is wider."""
+    carried = torch.randn(15, generator=torch.Generator().manual_seed(1)) * torch.logspace(-30, 30, 15)
+    update = MetaUpdate(torch.zeros(50, dtype=torch.float64), options() | {"rules": RULES})
+    total = torch.zeros(50, dtype=torch.float64)
+    total[30:45] += carried
+    update.apply(total, TASKS)
+    assert torch.equal(update.vector[30:45].float(), carried)
+
+
+@pytest.mark.parametrize("changes", [c for c, _ in OPTIMIZERS], ids=["adam", "adamw", "sgd"])
+def test_a_restored_update_with_rules_continues_bit_for_bit(changes: dict[str, Any]) -> None:
+    made = options(clip_norm=20.0, **changes) | {"rules": RULES}
+    whole, first, second = (MetaUpdate(start(), made) for _ in range(3))
+    for g in gradients():
+        whole.apply(g, TASKS)
+    for g in gradients()[:3]:
+        first.apply(g, TASKS)
+    second.load(first.vector.detach(), first.state(), 3)
+    for g in gradients()[3:]:
+        second.apply(g, TASKS)
+    assert torch.equal(second.vector, whole.vector)
