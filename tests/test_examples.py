@@ -76,16 +76,28 @@ def test_the_tutorial_is_linked_and_uses_public_names_alone() -> None:
         assert set(re.findall(r"\b(?:md|metadist)\.([A-Za-z]\w*)", text)) - {"py"} <= set(md.__all__)
 
 
-@pytest.mark.parametrize("runtime", ["runtime.type=local", "runtime.type=ray"])
-def test_a_module_in_the_current_folder_is_found_by_driver_and_workers(tmp_path: Path, runtime: str) -> None:
-    """The module lies nowhere else, and neither the script's folder nor an installation leads to it."""
+@pytest.fixture
+def own_module(tmp_path: Path) -> Path:
+    """A folder with the learner as mine.py, to which neither the script's folder nor an installation leads."""
     shutil.copy(EXAMPLES / "pretrained.py", tmp_path / "mine.py")
-    words = [str(CONFIG), "algorithm.import_path=mine:Pretrained", runtime, "runtime.workers=2", *SMALL]
-    done = shell(f"metadist train {' '.join(words)} --run-dir run && metadist resume run outer.steps=3", tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["version"] == 3
+    return tmp_path
 
-    elsewhere = tmp_path / "elsewhere"
+
+TRAIN_MINE = f"metadist train {CONFIG} algorithm.import_path=mine:Pretrained {' '.join(SMALL)} --run-dir run"
+
+
+def test_a_module_in_the_current_folder_is_found_by_workers(own_module: Path) -> None:
+    done = shell(f"{TRAIN_MINE} runtime.type=ray runtime.workers=2", own_module)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((own_module / "run" / "summary.json").read_text())["workers"] == 2
+
+
+def test_a_module_in_the_current_folder_is_found_by_every_command(own_module: Path) -> None:
+    done = shell(f"{TRAIN_MINE} && metadist resume run outer.steps=3", own_module)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((own_module / "run" / "summary.json").read_text())["version"] == 3
+
+    elsewhere = own_module / "elsewhere"
     elsewhere.mkdir()
     done = shell("metadist evaluate ../run", elsewhere)
     assert done.returncode == 2 and "mine:Pretrained cannot be imported" in done.stderr

@@ -41,13 +41,15 @@ if TYPE_CHECKING:
 
 CONFIG = ROOT / "configs" / "sinusoid_maml.yaml"
 BASELINE = ["algorithm.type=custom", "algorithm.import_path=tools.examples.pretrained:PretrainedOnAll"]
+Tensors = dict[str, torch.Tensor]
+
 MAML, PRETRAINED, ORACLE = "maml", "pretrained", "oracle"
 
 POINTS = (5, 10, 20)
 STEPS = 10
 SHOWN_STEPS = (0, 1, 10)
 MAML_RATE = 0.01
-RATES = tuple(round(m * 10.0**e, 6) for e in (-4, -3, -2, -1) for m in (1, 2, 5))
+RATES = (0.001, 0.002, 0.005, 0.007, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.07, 0.1)
 QUERY_POINTS = 100
 QUICK_UPDATES = 8000
 
@@ -71,13 +73,14 @@ class Curve:
     rates: tuple[float | None, ...]
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row for each number of steps: mean over the waves and half the width of its 95 % interval."""
+        """A row for each number of steps: over the waves the mean, half its 95 % interval's width, and the median."""
         half = 1.96 * self.errors.std(1, ddof=1) / math.sqrt(self.errors.shape[1])
         return [
             {
                 "learner": self.learner, "support_points": self.points, "gradient_steps": k,
                 "step_size": self.rates[k], "mean_squared_error": float(self.errors[k].mean()),
-                "ci95": float(half[k]), "waves": self.errors.shape[1],
+                "ci95": float(half[k]), "median_squared_error": float(np.median(self.errors[k])),
+                "waves": self.errors.shape[1],
             }
             for k in range(len(self.errors))
         ]  # fmt: skip
@@ -109,21 +112,29 @@ def waves(points: int, count: int, stream: str) -> md.EpisodeBatch:
     return md.SinusoidTasks(shots=points, query_shots=QUERY_POINTS).episodes(0, stream, range(count))
 
 
-def stepper(learner: md.Learner, rate: float, steps: int) -> md.Algorithm:
-    """Plain gradient steps from what was learned, whoever learned it."""
-    bound = learner.algorithm
-    return md.MAML(inner_lr=rate, evaluation_inner_steps=steps).bind(bound.model, bound.objective, bound.engine)
+def descend(learner: md.Learner, support: md.Examples, rate: float) -> list[Tensors]:
+    """Parameters after 0 to STEPS plain gradient steps from what was learned, whoever learned it."""
+    model, objective = learner.algorithm.model, learner.algorithm.objective
+
+    def loss(params: Tensors) -> torch.Tensor:
+        return objective.loss(model(params, support.x), support.y)
+
+    path = [learner.meta_params]
+    for _ in range(STEPS):
+        gradient = md.gradients(loss, path[-1])
+        path.append({k: v - rate * gradient[k] for k, v in path[-1].items()})
+    return path
 
 
 def errors(learner: md.Learner, batch: md.EpisodeBatch, rate: float) -> np.ndarray:
     """Squared errors after 0 to STEPS gradient steps, float64 ``[STEPS + 1, waves]``; infinite where they run away."""
-    rows = []
-    for k in range(1, STEPS + 1):
-        metrics = stepper(learner, rate, k).evaluate(learner.meta_params, batch)
-        if k == 1:
-            rows.append(metrics["pre_adaptation_loss"])
-        rows.append(metrics["loss"])
-    return torch.nan_to_num(torch.stack(rows).double(), nan=torch.inf, posinf=torch.inf).numpy()
+    model, objective, engine = learner.algorithm.model, learner.algorithm.objective, learner.algorithm.engine
+
+    def one(support: md.Examples, query: md.Examples) -> torch.Tensor:
+        return torch.stack([objective.loss(model(p, query.x), query.y) for p in descend(learner, support, rate)])
+
+    found = engine.map_tasks(one, batch).double()  # [waves, STEPS + 1]
+    return torch.nan_to_num(found, nan=torch.inf, posinf=torch.inf).numpy().T
 
 
 def maml_curve(learner: md.Learner, points: int, count: int) -> Curve:
@@ -230,20 +241,19 @@ def _draw_wave(axes: Axes, learners: dict[str, md.Learner], points: int, wave: i
     amplitude, phase = episode.info["amplitude"], episode.info["phase"]
     x = torch.linspace(-5, 5, 200).unsqueeze(1)
     axes.plot(x, amplitude * torch.sin(x - phase), color=QUIET, linewidth=4, alpha=0.5, label="true wave (oracle)")
+
+    def outputs(name: str, step_size: float) -> list[torch.Tensor]:
+        model = learners[name].algorithm.model
+        return [model(p, x).detach() for p in descend(learners[name], episode.support, step_size)]
+
+    adapting = outputs(MAML, MAML_RATE)
     for k, style in zip(SHOWN_STEPS, (":", "--", "-"), strict=True):
         label = "MAML, before" if k == 0 else f"MAML, after {k} step{'s' * (k != 1)}"
-        axes.plot(x, _predict(learners[MAML], episode, x, MAML_RATE, k), style, color=COLOURS[MAML], label=label)
-    guess = _predict(learners[PRETRAINED], episode, x, rate, STEPS)
+        axes.plot(x, adapting[k], style, color=COLOURS[MAML], label=label)
+    guess = outputs(PRETRAINED, rate)[STEPS]
     axes.plot(x, guess, "-", color=COLOURS[PRETRAINED], linewidth=1, label=f"pretrained, after {STEPS} steps")
     axes.plot(*episode.support, "^", color=INK, markersize=6, label="support", zorder=5)
     axes.set_title(f"{points} points: amplitude {amplitude:.1f}, phase {phase:.1f}", fontsize=9)
-
-
-def _predict(learner: md.Learner, episode: md.Episode, x: torch.Tensor, rate: float, steps: int) -> torch.Tensor:
-    """Outputs for ``x [N, 1]`` after so many steps on the episode's support set."""
-    learned = stepper(learner, rate, max(steps, 1))
-    params = learned.adapt(learner.meta_params, episode.support, evaluation=True) if steps else learner.meta_params
-    return learned.predict(params, episode.support, x, evaluation=True).detach()
 
 
 # ------------------------------------------------------------------ the command

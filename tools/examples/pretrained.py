@@ -58,16 +58,18 @@ class Pretrained(md.Algorithm):
         if not evaluation:
             return meta_params
 
-        def support_loss(params: Tensors) -> Tensor:
-            return self.objective.loss(self.model(params, support.x, evaluation=True), support.y)
+        # Running statistics of BatchNorm, where there are any, are learned as averages: no gradient step moves them.
+        averages = {k: meta_params[k] for k in self.update_rules()}
+        params = {k: v for k, v in meta_params.items() if k not in averages}
 
-        params = meta_params
-        fixed = self.update_rules()  # running statistics of BatchNorm are no parameters: no step moves them
+        def support_loss(params: Tensors) -> Tensor:
+            return self.objective.loss(self.model({**averages, **params}, support.x, evaluation=True), support.y)
+
         for _ in range(self.inner_steps):
             # Not loss.backward(): md.gradients works however the engine runs the tasks.
             gradient = md.gradients(support_loss, params)
-            params = {k: v if k in fixed else v - self.inner_lr * gradient[k] for k, v in params.items()}
-        return params
+            params = {k: v - self.inner_lr * gradient[k] for k, v in params.items()}
+        return {**averages, **params}
 
 
 class PretrainedOnAll(Pretrained):
