@@ -10,28 +10,62 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from metadist.algorithms import ES, MAML, PES, Algorithm
+    from metadist.algorithms import (
+        ANIL,
+        BOIL,
+        CAVIA,
+        ES,
+        IMAML,
+        MAML,
+        MANN,
+        PES,
+        SNAIL,
+        Algorithm,
+        MAMLPlusPlus,
+        MatchingNet,
+        MetaSGD,
+        ProtoMAML,
+        ProtoNet,
+        Reptile,
+        Rule,
+        TaskResults,
+    )
     from metadist.api import AdaptedModel, Learner, LocalRuntime, Outer, RayRuntime, Run, load, train
     from metadist.episode import Episode, EpisodeBatch, Examples
     from metadist.errors import MetadistError
+    from metadist.inner import gradients
+    from metadist.models import MLP, Conv4
     from metadist.seeding import Rng
     from metadist.tasks.base import TaskSource
+    from metadist.tasks.glyphs import GlyphTasks
+    from metadist.tasks.shards import ShardTasks
+    from metadist.tasks.sinusoid import SinusoidTasks
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "metadist.algorithms": ("ES", "MAML", "PES", "Algorithm"),
+    "metadist.algorithms": (
+        "ANIL", "BOIL", "CAVIA", "ES", "IMAML", "MAML", "MANN", "PES", "SNAIL", "Algorithm", "MAMLPlusPlus", "MatchingNet", "MetaSGD", "ProtoMAML",
+        "ProtoNet", "Reptile", "Rule", "TaskResults",
+    ),
     "metadist.api": ("AdaptedModel", "Learner", "LocalRuntime", "Outer", "RayRuntime", "Run", "load", "train"),
     "metadist.episode": ("Episode", "EpisodeBatch", "Examples"),
     "metadist.errors": ("MetadistError",),
+    "metadist.inner": ("gradients",),
+    "metadist.models": ("MLP", "Conv4"),
     "metadist.seeding": ("Rng",),
     "metadist.tasks.base": ("TaskSource",),
-}
+    "metadist.tasks.glyphs": ("GlyphTasks",),
+    "metadist.tasks.shards": ("ShardTasks",),
+    "metadist.tasks.sinusoid": ("SinusoidTasks",),
+}  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "ES", "MAML", "PES", "AdaptedModel", "Algorithm", "Episode", "EpisodeBatch", "Examples", "Learner", "LocalRuntime",
-    "MetadistError", "Outer", "RayRuntime", "Rng", "Run", "TaskSource", "load", "train",
+    "ANIL", "BOIL", "CAVIA", "ES", "IMAML", "MAML", "MANN", "MLP", "PES", "SNAIL", "AdaptedModel", "Algorithm", "Conv4", "Episode", "EpisodeBatch",
+    "Examples", "GlyphTasks", "Learner", "LocalRuntime", "MAMLPlusPlus", "MatchingNet", "MetaSGD", "MetadistError",
+    "Outer", "ProtoMAML", "ProtoNet", "RayRuntime", "Reptile", "Rng", "Rule", "Run", "ShardTasks", "SinusoidTasks",
+    "TaskResults", "TaskSource", "gradients", "load", "train",
 ]  # fmt: skip
 
 

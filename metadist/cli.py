@@ -57,7 +57,7 @@ def train(config: Path, overrides: tuple[str, ...], run_dir: Path | None, resume
 
     \b
     Example:
-      metadist train configs/sinusoid_maml.yaml outer.steps=2000 runtime.workers=2 --run-dir runs/sines
+      metadist train configs/sinusoid_maml.yaml outer.steps=2000 --run-dir runs/sines
     """
     from metadist.config import load_config
     from metadist.experiment import Experiment

@@ -234,7 +234,7 @@ def import_object(field_name: str, path: str) -> Any:
         raise ConfigError(
             field_name,
             f"{path} cannot be imported ({type(e).__name__}: {e})",
-            "check its spelling, and that its folder is on PYTHONPATH",
+            "check its spelling; it is looked for in the folder where `metadist` is run, and on PYTHONPATH",
         ) from e
     return target
 

@@ -78,6 +78,18 @@ def test_a_submitted_job_runs_to_its_end_and_streams_its_log(head, tmp_path):
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["version"] == 4 and summary["workers"] == 2 and summary["runtime"]["type"] == "ray"
 
+    # A module of the user's own is sent along, and found by the job and its workers.
+    shutil.copy(ROOT / "tools" / "examples" / "pretrained.py", tree / "mine.py")
+    shutil.copy(ROOT / "tools" / "examples" / "pretrained.yaml", tree / "mine.yaml")
+    mine = ["mine.yaml", "algorithm.import_path=mine:Pretrained", "outer.steps=2", "evaluation.episodes=10",
+            "runtime.workers=2", "tracking.wandb.mode=disabled"]  # fmt: skip
+    own = subprocess.run(
+        [sys.executable, "-m", "metadist.cli", "submit", *mine, "--address", head, "--run-dir", str(tmp_path / "own")],
+        cwd=tree, capture_output=True, text=True, timeout=280, env={**os.environ, "RAY_AUTH_MODE": "disabled"},
+    )  # fmt: skip
+    assert own.returncode == 0, own.stdout + own.stderr
+    assert json.loads((tmp_path / "own" / "summary.json").read_text())["version"] == 2
+
     failed = subprocess.run(
         [sys.executable, "-m", "metadist.cli", "submit", words[0], "tasks.ways=100000", "--address", head],
         cwd=tree, capture_output=True, text=True, timeout=280, env={**os.environ, "RAY_AUTH_MODE": "disabled"},
