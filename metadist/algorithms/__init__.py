@@ -10,11 +10,14 @@ from metadist.algorithms.imaml import IMAML
 from metadist.algorithms.losses import Objective, outputs_for, resolve_objective
 from metadist.algorithms.maml import MAML
 from metadist.algorithms.mamlpp import MAMLPlusPlus
+from metadist.algorithms.mann import MANN
 from metadist.algorithms.matchingnet import MatchingNet
 from metadist.algorithms.meta_sgd import MetaSGD
 from metadist.algorithms.protomaml import ProtoMAML
 from metadist.algorithms.protonet import ProtoNet
 from metadist.algorithms.reptile import Reptile
+from metadist.algorithms.sequence import SequenceLearner
+from metadist.algorithms.snail import SNAIL
 
 BUILT_IN: dict[str, type[Algorithm]] = {
     "maml": MAML,
@@ -28,6 +31,8 @@ BUILT_IN: dict[str, type[Algorithm]] = {
     "protomaml": ProtoMAML,
     "protonet": ProtoNet,
     "matchingnet": MatchingNet,
+    "mann": MANN,
+    "snail": SNAIL,
 }
 
 __all__ = [
@@ -37,6 +42,8 @@ __all__ = [
     "CAVIA",
     "IMAML",
     "MAML",
+    "MANN",
+    "SNAIL",
     "Algorithm",
     "MAMLPlusPlus",
     "MatchingNet",
@@ -47,6 +54,7 @@ __all__ = [
     "ProtoNet",
     "Reptile",
     "Rule",
+    "SequenceLearner",
     "TaskResults",
     "outputs_for",
     "resolve_objective",
