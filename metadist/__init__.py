@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from metadist.algorithms import MAML, Algorithm
+    from metadist.algorithms import MAML, MANN, SNAIL, Algorithm
     from metadist.api import AdaptedModel, Learner, LocalRuntime, Outer, RayRuntime, Run, load, train
     from metadist.episode import Episode, EpisodeBatch, Examples
     from metadist.errors import MetadistError
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "metadist.algorithms": ("MAML", "Algorithm"),
+    "metadist.algorithms": ("MAML", "MANN", "SNAIL", "Algorithm"),
     "metadist.api": ("AdaptedModel", "Learner", "LocalRuntime", "Outer", "RayRuntime", "Run", "load", "train"),
     "metadist.episode": ("Episode", "EpisodeBatch", "Examples"),
     "metadist.errors": ("MetadistError",),
@@ -30,8 +30,8 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "MAML", "AdaptedModel", "Algorithm", "Episode", "EpisodeBatch", "Examples", "Learner", "LocalRuntime",
-    "MetadistError", "Outer", "RayRuntime", "Rng", "Run", "TaskSource", "load", "train",
+    "MAML", "MANN", "SNAIL", "AdaptedModel", "Algorithm", "Episode", "EpisodeBatch", "Examples", "Learner",
+    "LocalRuntime", "MetadistError", "Outer", "RayRuntime", "Rng", "Run", "TaskSource", "load", "train",
 ]  # fmt: skip
 
 

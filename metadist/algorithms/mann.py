@@ -62,10 +62,11 @@ class MANN(SequenceLearner):
             raise ValueError(f"read_heads must be 1 to memory_slots ({memory_slots}), not {read_heads}")
         if not 0 <= usage_decay <= 1:
             raise ValueError(f"usage_decay must be between 0 and 1, not {usage_decay}")
-        self.cell = (controller, controller_size, memory, memory_slots, memory_width, read_heads, usage_decay, sharpness)
+        sizes = memory_slots, memory_width, read_heads
+        self.options = (controller, controller_size, memory, *sizes, usage_decay, sharpness)
 
     def make_core(self, inputs: int, outputs: int, example: Episode) -> nn.Module:
-        return Cell(inputs, outputs, *self.cell)
+        return Cell(inputs, outputs, *self.options)
 
     # ----------------------------------------------------------------- one task, in use
 

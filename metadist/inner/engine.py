@@ -102,12 +102,10 @@ class Engine:
                 return gradient, pytree.tree_map(lambda t: t[0], extra)
 
             return self.sum_tasks(alone, shared, tasks)
-        if not self.compile:
-            gradient, extra = many(*shared, *tasks)
-            return _detached(gradient), _detached(extra)
-        if key not in self._compiled:
-            self._compiled[key] = CompiledFunction(many)
-        return self._compiled[key](shared, tasks)
+        run = functools.partial(_together, many)
+        if self.compile:
+            return self._compiled.setdefault(key, CompiledFunction(run))(shared, tasks)
+        return run(shared, tasks)
 
     def map_tasks(self, fn: Callable[[Examples, Examples], Any], batch: EpisodeBatch) -> Any:
         """``fn(support, query)`` of each task, its outputs stacked with a leading task dimension."""
@@ -155,6 +153,14 @@ def _vectorised(
     """Summed gradients and stacked extra outputs of all tasks in one call."""
     gradient, extra = vmap(lambda *task: one(*shared, *task))(*tasks)
     return {k: v.sum(0) for k, v in gradient.items()}, _detached(extra)
+
+
+def _together(
+    many: Callable[..., tuple[Tensors, Any]], shared: tuple[Any, ...], tasks: tuple[Any, ...]
+) -> tuple[Tensors, Any]:
+    """What ``many`` makes of all tasks."""
+    gradient, extra = many(*shared, *tasks)
+    return _detached(gradient), _detached(extra)
 
 
 def _unstacked(tasks: tuple[Any, ...]) -> list[tuple[Any, ...]]:

@@ -300,9 +300,9 @@ class GlyphTasks(TaskSource):
         pictures = torch.from_numpy(rows["drawings"][letters[:, :, None], drawings])
         codes = rows["letter"][letters]
         info = tuple({"classes": [unicodedata.name(chr(code)) for code in chosen]} for chosen in codes)
-        parts = (self._examples(p) for p in pictures.split([self.shots, self.query_shots], 2))
+        support, query = (self._examples(p) for p in pictures.split([self.shots, self.query_shots], 2))
         numbers = [(rng.seed, rng.stream, rng.index) for rng in rngs]
-        return arrange(EpisodeBatch(*parts, info), numbers, self.order, self.labels)
+        return arrange(EpisodeBatch(support, query, info), numbers, self.order, self.labels)
 
     def _examples(self, pictures: torch.Tensor) -> Examples:
         """Pictures uint8 ``[T, ways, K, size, size]`` as inputs and labels, class by class."""
