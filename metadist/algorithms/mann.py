@@ -111,9 +111,7 @@ class MANN(SequenceLearner):
         with torch.enable_grad():
             outputs, seen = self._answers(leaves, support, query)
             losses = self.each(self.objective.loss, outputs, torch.cat([support.y, query.y], 1))
-            values = torch.autograd.grad(
-                losses.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True
-            )
+            values = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
         return dict(zip(leaves, values, strict=True)), (outputs.detach(), seen)
 
     def _answers(

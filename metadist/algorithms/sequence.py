@@ -120,4 +120,3 @@ def accuracy_by_instance(output: Tensor, y: Tensor) -> Tensors:
     classes = int((nth[0] == 1).sum())
     shown = [(nth == n).to(hits.dtype) for n in range(1, y.shape[1] // classes + 1)]
     return {f"{INSTANCE}{n}": (hits * mask).sum(1) / mask.sum(1) for n, mask in enumerate(shown, 1)}
-

@@ -11,13 +11,15 @@ from torch import Tensor
 
 from metadist.algorithms.sequence import accuracy_by_instance, instances
 from metadist.config import validate
+from metadist.episode import EpisodeBatch, Examples
 from metadist.errors import ConfigError
 from metadist.evaluation import summarise
 from metadist.experiment import Experiment
+from metadist.inner import Engine, compiler_missing
 from metadist.models.mann import MANN as Cell
 
 from .learners import CASES, QUERY, SHOTS, WAYS, episodes, learner_of
-from .test_contract import flat, moved
+from .test_contract import flat, moved, relative
 
 SLOTS, WIDTH, HEADS, SIZE, INPUTS = 6, 4, 2, 3, 5
 DECAY = 0.7
@@ -25,20 +27,38 @@ DECAY = 0.7
 # ------------------------------------------------------------------ least recently used access, by hand
 
 
-def by_hand(hidden: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> list[dict[str, np.ndarray]]:
-    """The memory's steps as the paper writes them, one slot and one head at a time.
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+def control(w: dict[str, np.ndarray], x: np.ndarray, hidden: np.ndarray, c: np.ndarray, read: np.ndarray) -> Any:
+    """The controller's next state: an LSTM that sees the last read, or a single layer."""
+    before = w["from_inputs.weight"] @ x + w["from_inputs.bias"]
+    if len(before) == SIZE:
+        return np.tanh(before + w["from_state.weight"] @ read), c
+    put_in, forget, put_out, candidate = (before + w["from_state.weight"] @ np.concatenate([hidden, read])).reshape(
+        4, -1
+    )
+    c = sigmoid(forget) * c + sigmoid(put_in) * np.tanh(candidate)
+    return sigmoid(put_out) * np.tanh(c), c
+
+
+def by_hand(w: dict[str, np.ndarray], inputs: np.ndarray) -> list[dict[str, np.ndarray]]:
+    """The network's steps as the paper writes them, one slot and one head at a time.
 
     Args:
-        hidden: the controller's state at each step, ``[steps, SIZE]``.
-        weight, bias: of the layer that makes keys and gates of it.
+        w: its weights by name.
+        inputs: ``[steps, INPUTS]``.
     """
     memory = np.full((SLOTS, WIDTH), 1e-6)
     usage, read_weights = np.zeros(SLOTS), np.zeros((HEADS, SLOTS))
+    h, c, last_read = np.zeros(SIZE), np.zeros(SIZE), np.zeros(HEADS * WIDTH)
     states = []
-    for h in hidden:
-        made = weight @ h + bias
+    for x in inputs:
+        h, c = control(w, x, h, c, last_read)
+        made = w["to_heads.weight"] @ h + w["to_heads.bias"]
         keys = np.tanh(made[: HEADS * WIDTH]).reshape(HEADS, WIDTH)
-        gates = 1 / (1 + np.exp(-made[HEADS * WIDTH :]))
+        gates = sigmoid(made[HEADS * WIDTH :])
         ranked = sorted(range(SLOTS), key=lambda i: (usage[i], i))
         least_used = np.array([1.0 if i in ranked[:HEADS] else 0.0 for i in range(SLOTS)])
         memory[ranked[0]] = 0
@@ -54,8 +74,9 @@ def by_hand(hidden: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> list[di
             read_weights[r] = powers / powers.sum()
             read.append(sum(read_weights[r, i] * memory[i] for i in range(SLOTS)))
         usage = DECAY * usage + read_weights.sum(0) + write_weights.sum(0)
-        states.append({"memory": memory.copy(), "usage": usage.copy(), "read_weights": read_weights.copy(),
-                       "read": np.concatenate(read)})  # fmt: skip
+        last_read = np.concatenate(read)
+        states.append({"hidden": h, "memory": memory.copy(), "usage": usage.copy(),
+                       "read_weights": read_weights.copy(), "read": last_read})  # fmt: skip
     return states
 
 
@@ -70,16 +91,13 @@ def cell(**options: Any) -> Cell:
 
 @pytest.mark.parametrize("controller", ["lstm", "feedforward"])
 def test_three_steps_of_the_memory_are_those_of_the_paper(controller: str) -> None:
-    made, state, hidden, got = cell(controller=controller), None, [], []
-    for x in torch.randn(3, 1, 1, INPUTS, dtype=torch.float64):
-        _, state = made(x, state)
-        hidden.append(state["hidden"][0].detach().numpy())
-        got.append({k: v[0].detach().numpy() for k, v in state.items()})
-    assert made.to_heads is not None
-    weight, bias = (p.detach().numpy() for p in (made.to_heads.weight, made.to_heads.bias))
-    for step, wanted in enumerate(by_hand(np.stack(hidden), weight, bias)):
+    made, inputs = cell(controller=controller), torch.randn(3, INPUTS, dtype=torch.float64)
+    state = None
+    weights = {k: v.detach().numpy() for k, v in made.named_parameters()}
+    for x, wanted in zip(inputs, by_hand(weights, inputs.numpy()), strict=True):
+        _, state = made(x[None, None], state)
         for name, values in wanted.items():
-            np.testing.assert_allclose(got[step][name], values, rtol=0, atol=1e-12, err_msg=f"{name}, step {step}")
+            np.testing.assert_allclose(state[name][0].detach().numpy(), values, rtol=0, atol=1e-12, err_msg=name)
 
 
 @pytest.mark.parametrize("memory", ["lrua", "none"])
@@ -148,6 +166,21 @@ def test_no_answer_depends_on_what_comes_after_it() -> None:
         other, _ = learner._answers(meta_params, batch.support._replace(y=y), batch.query)  # type: ignore[attr-defined]
         torch.testing.assert_close(other[:, : t + 1], whole[:, : t + 1], rtol=0, atol=0)
         assert not torch.allclose(other[:, t + 1 :], whole[:, t + 1 :])
+
+
+@pytest.mark.skipif(bool(compiler_missing()), reason=f"cannot compile: {compiler_missing()}")
+def test_compiled_equals_eager() -> None:
+    batch = episodes(2, kind="sequence")
+    short = EpisodeBatch(*(Examples(s.x[:, :1], s.y[:, :1]) for s in (batch.support, batch.query)))
+    learner = learner_of(CASES["mann"])
+    meta_params = moved(learner)
+    eager = learner.meta_gradient(meta_params, short)
+    learner.engine = Engine("vectorised", compile=True)
+    for _ in range(2):
+        fast = learner.meta_gradient(meta_params, short)
+        assert relative(fast.gradient, eager.gradient) < 1e-10
+        torch.testing.assert_close(fast.metrics, eager.metrics, rtol=1e-10, atol=1e-12, equal_nan=True)
+    assert len(learner.engine._compiled["sequences"]._programs) == 1
 
 
 # ------------------------------------------------------------------ by instance
