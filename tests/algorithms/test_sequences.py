@@ -247,3 +247,15 @@ def test_letters_are_read_and_written(algorithm: str) -> None:
 
 def _all(*groups: dict[str, Tensor]) -> list[Tensor]:
     return [v for group in groups for v in group.values()]
+
+
+@pytest.mark.parametrize("algorithm", ["mann", "snail"])
+def test_numbers_are_read_and_written(algorithm: str) -> None:
+    sections = {"tasks": {"type": "sinusoid", "shots": 3, "query_shots": 2}, "model": {"type": "mlp", "hidden": [4]},
+                "algorithm": {"type": algorithm}}  # fmt: skip
+    made = Experiment(validate(sections, "test"))
+    learner, batch = made.learner(), made.source("train").episodes(0, "train", [0, 1])
+    results = learner.meta_gradient(learner.initial_meta_params(), batch)
+    assert learner.outputs(learner.initial_meta_params(), batch)[1].shape == (2, 2, 1)
+    assert results.metrics["mean_squared_error"].shape == (2,)
+    assert not any(name.startswith("accuracy") for name in results.metrics)
