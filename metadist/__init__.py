@@ -45,8 +45,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "metadist.algorithms": (
-        "ANIL", "BOIL", "CAVIA", "ES", "IMAML", "MAML", "MANN", "PES", "SNAIL", "Algorithm", "MAMLPlusPlus", "MatchingNet", "MetaSGD", "ProtoMAML",
-        "ProtoNet", "Reptile", "Rule", "TaskResults",
+        "ANIL", "BOIL", "CAVIA", "ES", "IMAML", "MAML", "MANN", "PES", "SNAIL", "Algorithm", "MAMLPlusPlus",
+        "MatchingNet", "MetaSGD", "ProtoMAML", "ProtoNet", "Reptile", "Rule", "TaskResults",
     ),
     "metadist.api": ("AdaptedModel", "Learner", "LocalRuntime", "Outer", "RayRuntime", "Run", "load", "train"),
     "metadist.episode": ("Episode", "EpisodeBatch", "Examples"),
@@ -62,10 +62,10 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "ANIL", "BOIL", "CAVIA", "ES", "IMAML", "MAML", "MANN", "MLP", "PES", "SNAIL", "AdaptedModel", "Algorithm", "Conv4", "Episode", "EpisodeBatch",
-    "Examples", "GlyphTasks", "Learner", "LocalRuntime", "MAMLPlusPlus", "MatchingNet", "MetaSGD", "MetadistError",
-    "Outer", "ProtoMAML", "ProtoNet", "RayRuntime", "Reptile", "Rng", "Rule", "Run", "ShardTasks", "SinusoidTasks",
-    "TaskResults", "TaskSource", "gradients", "load", "train",
+    "ANIL", "BOIL", "CAVIA", "ES", "IMAML", "MAML", "MANN", "MLP", "PES", "SNAIL", "AdaptedModel", "Algorithm",
+    "Conv4", "Episode", "EpisodeBatch", "Examples", "GlyphTasks", "Learner", "LocalRuntime", "MAMLPlusPlus",
+    "MatchingNet", "MetaSGD", "MetadistError", "Outer", "ProtoMAML", "ProtoNet", "RayRuntime", "Reptile", "Rng",
+    "Rule", "Run", "ShardTasks", "SinusoidTasks", "TaskResults", "TaskSource", "gradients", "load", "train",
 ]  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from metadist.algorithms.base import PRE
+from metadist.algorithms.sequence import INSTANCE
 from metadist.experiment import EpisodeSize
 from metadist.worker import Round
 
@@ -31,17 +32,24 @@ def summarise(metrics: Mapping[str, np.ndarray], metric: str, split: str, batchn
 
     Returns:
         ``split, episodes, metric, pre_adaptation, mean, ci95, batchnorm``; ``ci95`` is half the width of
-        the normal 95 % interval of the mean, ``1.96 s / sqrt(n)`` with the sample deviation ``s``.
+        the normal 95 % interval of the mean, ``1.96 s / sqrt(n)`` with the sample deviation ``s``. Of learners
+        that read sequences also ``by_instance``, ``mean`` and ``ci95`` of the accuracy when a class is shown for
+        the first time, ``"1"``, the second, and so on.
     """
-    values = metrics[metric]
-    n = len(values)
-    ci95 = 1.96 * float(values.std(ddof=1)) / math.sqrt(n) if n > 1 else math.nan
+    by_instance = {k.removeprefix(INSTANCE): _interval(v) for k, v in metrics.items() if k.startswith(INSTANCE)}
     return {
         "split": split,
-        "episodes": n,
+        "episodes": len(metrics[metric]),
         "metric": metric,
         "pre_adaptation": float(metrics[PRE + metric].mean()) if PRE + metric in metrics else None,
-        "mean": float(values.mean()),
-        "ci95": ci95,
+        **_interval(metrics[metric]),
         "batchnorm": batchnorm,
+        **({"by_instance": by_instance} if by_instance else {}),
     }
+
+
+def _interval(values: np.ndarray) -> dict[str, float]:
+    """Mean and half width of the 95 % interval."""
+    n = len(values)
+    ci95 = 1.96 * float(values.std(ddof=1)) / math.sqrt(n) if n > 1 else math.nan
+    return {"mean": float(values.mean()), "ci95": ci95}

@@ -99,6 +99,7 @@ class Experiment:
         dtype = DTYPES[self.config.engine.precision]
         algorithm = self._make_algorithm()
         algorithm.plan = self.plan
+        self._check_order(algorithm)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(Rng(self.config.seed, "initialisation").torch_seed())
             module = self._make_module(example, algorithm.wants)
@@ -194,6 +195,17 @@ class Experiment:
                 "use mlp",
             )
         return Conv4(x.shape[1], outputs, section.filters, section.downsample, tuple(x.shape[-2:]))  # type: ignore[arg-type]
+
+    def _check_order(self, algorithm: Algorithm) -> None:
+        """Refuses an order of examples in which the learner would learn something else than the task."""
+        section = self.config.tasks
+        order = getattr(section, "order", None)  # tasks of one's own have the order they have
+        if algorithm.wants_order and order is not None and order not in algorithm.wants_order:
+            raise ConfigError(
+                "tasks.order",
+                f"is {order}, which would tell {self.config.algorithm.type} an example's class by its place",
+                f"write tasks.order: {algorithm.wants_order[0]}",
+            )
 
     def _make_algorithm(self) -> Algorithm:
         if self.algorithm is not None:

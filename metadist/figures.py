@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from metadist.episode import EpisodeBatch
 
-CURVE = "learning_curve.png"
+CURVE, INSTANCES = "learning_curve.png", "accuracy_by_instance.png"
 
 LIGHT = {"paper": "#ffffff", "ink": "#1d2433", "grid": "#e3e7ee", "before": "#c2703d", "after": "#2f6fde"}
 DARK = {"paper": "#171b24", "ink": "#d8deea", "grid": "#2c3342", "before": "#e0965f", "after": "#6ea2ff"}
@@ -38,6 +38,20 @@ def draw_learning_curve(run_dir: Path) -> Path:
     path = run_dir / CURVE
     write_atomically(path, curve_png(run_dir, LIGHT))
     return path
+
+
+def draw_by_instance(run_dir: Path) -> Path | None:
+    """Draws ``accuracy_by_instance.png``: the accuracy when a class is shown for the first time, the second, ...
+
+    Returns:
+        Its path, or None if the run's evaluation has no such accuracies.
+    """
+    evaluation = read_summary(run_dir).get("evaluation")
+    shown = evaluation.get("by_instance") if isinstance(evaluation, Mapping) else None
+    if not isinstance(shown, Mapping) or not shown:
+        return None
+    write_atomically(run_dir / INSTANCES, instances_png(shown, LIGHT))
+    return run_dir / INSTANCES
 
 
 def draw_episodes(
@@ -149,6 +163,27 @@ def _draw_evaluations(axes: Axes, evaluations: Sequence[Mapping[str, Any]], them
             )
 
 
+def instances_png(shown: Mapping[str, Any], theme: Mapping[str, str]) -> bytes:
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    figure = _figure(7.0, 3.3, theme)
+    axes = figure.add_subplot()
+    _style(axes, theme)
+    axes.errorbar(
+        [int(n) for n in shown],
+        [v["mean"] for v in shown.values()],
+        yerr=[v.get("ci95") or 0.0 for v in shown.values()],
+        color=theme["after"],
+        marker="o",
+        capsize=3,
+        linewidth=2.0,
+    )
+    axes.set(xlabel="time that a class is shown", ylabel="accuracy", ylim=(0, 1.02))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    return _png(figure)
+
+
 # ------------------------------------------------------------------ episodes
 
 
@@ -164,7 +199,7 @@ def _picture_grid(batch: EpisodeBatch, before: np.ndarray | None, after: np.ndar
     support_y, query_y = batch.support.y.cpu().numpy(), batch.query.y.cpu().numpy()
     tasks = min(len(batch), _SHOWN_EPISODES)
     classes = min(int(support_y[0].max()) + 1, _SHOWN_PICTURES)
-    shots = min(_SHOWN_SHOTS, int((support_y[0] == 0).sum()))
+    shots = min(_SHOWN_SHOTS, int(np.bincount(support_y[0]).max()))
     queries = _spread(query_y[0], _SHOWN_PICTURES)
     row, first_query = shots + 0.85, classes + 0.6
     wide = first_query + len(queries)

@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from metadist.errors import RunDirError
-from metadist.figures import DARK, LIGHT, curve_png, draw_episodes, draw_learning_curve, read_summary
+from metadist.figures import (
+    DARK,
+    LIGHT,
+    curve_png,
+    draw_by_instance,
+    draw_episodes,
+    draw_learning_curve,
+    instances_png,
+    read_summary,
+)
 from metadist.files import write_atomically
 from metadist.report_page import render_page
 from metadist.tracking.console import interval, number
@@ -22,10 +31,11 @@ __all__ = ["draw_episodes", "draw_learning_curve", "write_report"]
 
 EPISODES = "episodes.png"
 REPORT = "report.html"
+_THEMES = (("light", LIGHT), ("dark", DARK))
 
 
 def write_report(run_dir: Path) -> Path:
-    """Writes ``report.html`` (and ``learning_curve.png``) from the files of a run.
+    """Writes ``report.html`` and its pictures from the files of a run.
 
     The page is one file: pictures are embedded and nothing is fetched. What the run has not written yet is left out.
 
@@ -41,13 +51,18 @@ def write_report(run_dir: Path) -> Path:
     config = yaml.safe_load(config_text) or {}
     rows, summary = read_lines(run_dir / METRICS), read_summary(run_dir)
     draw_learning_curve(run_dir)
-    curves = {name: _embedded(curve_png(run_dir, theme)) for name, theme in (("light", LIGHT), ("dark", DARK))}
+    curves = {name: _embedded(curve_png(run_dir, theme)) for name, theme in _THEMES}
+    instances = None
+    if draw_by_instance(run_dir) is not None:
+        shown = summary["evaluation"]["by_instance"]
+        instances = {name: _embedded(instances_png(shown, theme)) for name, theme in _THEMES}
     grid = run_dir / EPISODES
     page = render_page(
         title=str(config.get("name", run_dir.name)),
         result=_result(summary),
         facts=_facts(summary, rows),
         curves=curves,
+        instances=instances,
         episodes=_embedded(grid.read_bytes()) if grid.is_file() else None,
         time=_time_shares(rows),
         evaluations=[_evaluation_row(e) for e in read_lines(run_dir / EVALUATIONS)][-30:],

@@ -80,6 +80,15 @@ footer { color: var(--quiet); font-size: .85rem; }
 <img src="{{ curves.light }}" alt="Query loss and the task's metric by outer step, before and after adaptation">
 </picture>
 </section>
+{% if instances %}
+<section>
+<h2>Accuracy by instance</h2>
+<picture>
+<source media="(prefers-color-scheme: dark)" srcset="{{ instances.dark }}">
+<img src="{{ instances.light }}" alt="Accuracy when a class is shown for the first time, the second, and so on">
+</picture>
+</section>
+{% endif %}
 {% if episodes %}
 <section>
 <h2>Episodes</h2>
@@ -147,9 +156,9 @@ def render_page(**contents: Any) -> str:
 
     Args:
         contents: ``title``; ``result`` (``metric, before, after, episodes, batchnorm``) or None; ``facts`` and
-            ``events``, pairs of label and value; ``curves``, data URLs ``light`` and ``dark``; ``episodes``, a data
-            URL or None; ``time``, pairs of label and share; ``evaluations``, rows of ``step, split, before, after,
-            episodes``; ``config``, text; ``sha256`` or None.
+            ``events``, pairs of label and value; ``curves``, data URLs ``light`` and ``dark``; ``instances``, the same
+            or None; ``episodes``, a data URL or None; ``time``, pairs of label and share; ``evaluations``, rows of
+            ``step, split, before, after, episodes``; ``config``, text; ``sha256`` or None.
     """
     from jinja2 import Environment, StrictUndefined
 

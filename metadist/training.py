@@ -339,7 +339,7 @@ class _Training:
         return summary
 
     def _pictures(self, meta_params: dict[str, torch.Tensor]) -> None:
-        from metadist.figures import draw_episodes, draw_learning_curve
+        from metadist.figures import INSTANCES, draw_episodes, draw_learning_curve
         from metadist.report import write_report
 
         evaluation = self.config.evaluation
@@ -349,6 +349,8 @@ class _Training:
         picture = draw_episodes(batch, self.run.path / "episodes.png", before, after)
         curve = draw_learning_curve(self.run.path)
         write_report(self.run.path)
+        if (by_instance := self.run.path / INSTANCES).is_file():
+            self.trackers.log_picture("accuracy_by_instance", by_instance)
         self.trackers.log_picture("learning_curve", curve)
         if picture is not None:
             self.trackers.log_picture("episodes", picture)

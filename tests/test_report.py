@@ -15,7 +15,7 @@ from PIL import Image
 
 from metadist.episode import EpisodeBatch, Examples
 from metadist.errors import RunDirError
-from metadist.figures import LIGHT, _spread, metric_of, running_mean
+from metadist.figures import LIGHT, _spread, draw_by_instance, metric_of, running_mean
 from metadist.report import _time_shares, draw_episodes, draw_learning_curve, write_report
 from metadist.tasks.glyphs import GlyphTasks
 from metadist.tasks.sinusoid import SinusoidTasks
@@ -133,6 +133,19 @@ def test_the_learning_curve_shows_before_after_and_evaluations(run_dir: Path) ->
     assert draw_learning_curve(run_dir).read_bytes() != first, "evaluations are not drawn"
     assert not matplotlib.pyplot.get_fignums(), "pyplot's state was touched"
     assert not [p for p in run_dir.iterdir() if p.name.startswith(".")]
+
+
+def test_the_accuracy_by_instance_is_drawn_where_it_was_measured(run_dir: Path) -> None:
+    path, picture = run_dir / "summary.json", run_dir / "accuracy_by_instance.png"
+    assert draw_by_instance(run_dir) is None
+    without = Page(write_report(run_dir).read_text())
+    assert not picture.exists() and "Accuracy by instance" not in without.words
+    summary = json.loads(path.read_text())
+    summary["evaluation"]["by_instance"] = {str(n): {"mean": 1 - 0.6 / n, "ci95": 0.01} for n in range(1, 11)}
+    path.write_text(json.dumps(summary))
+    page = Page(write_report(run_dir).read_text())
+    assert "Accuracy by instance" in page.words and len(page.links) == len(without.links) + 2
+    assert _shows(picture, LIGHT["after"]) > 500
 
 
 def test_a_regression_has_one_panel_and_an_empty_run_says_so(tmp_path: Path) -> None:

@@ -11,12 +11,15 @@ from metadist.algorithms.imaml import IMAML
 from metadist.algorithms.losses import Objective, outputs_for, resolve_objective
 from metadist.algorithms.maml import MAML
 from metadist.algorithms.mamlpp import MAMLPlusPlus
+from metadist.algorithms.mann import MANN
 from metadist.algorithms.matchingnet import MatchingNet
 from metadist.algorithms.meta_sgd import MetaSGD
 from metadist.algorithms.persistent import PES
 from metadist.algorithms.protomaml import ProtoMAML
 from metadist.algorithms.protonet import ProtoNet
 from metadist.algorithms.reptile import Reptile
+from metadist.algorithms.sequence import SequenceLearner
+from metadist.algorithms.snail import SNAIL
 
 BUILT_IN: dict[str, type[Algorithm]] = {
     "maml": MAML,
@@ -32,6 +35,8 @@ BUILT_IN: dict[str, type[Algorithm]] = {
     "matchingnet": MatchingNet,
     "es": ES,
     "pes": PES,
+    "mann": MANN,
+    "snail": SNAIL,
 }
 
 __all__ = [
@@ -43,6 +48,8 @@ __all__ = [
     "IMAML",
     "MAML",
     "PES",
+    "MANN",
+    "SNAIL",
     "Algorithm",
     "MAMLPlusPlus",
     "MatchingNet",
@@ -54,6 +61,7 @@ __all__ = [
     "ProtoNet",
     "Reptile",
     "Rule",
+    "SequenceLearner",
     "TaskResults",
     "outputs_for",
     "resolve_objective",

@@ -107,6 +107,9 @@ class Algorithm:
     wants: ClassVar[Literal["outputs", "features"]] = "outputs"
     """Whether the models of this package are built with a last layer for the task's outputs or without."""
 
+    wants_order: ClassVar[tuple[str, ...]] = ()
+    """Values of ``tasks.order`` that the learner can do with; none named: any."""
+
     loss: str | LossFunction = "auto"
     metric: str = "auto"
     moment: Moment = Moment()

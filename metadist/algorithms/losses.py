@@ -9,11 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metadist.tasks.sequences import LETTERS
+
 LossFunction = Callable[[Tensor, Tensor], Tensor]
-
-LETTERS = 5
-"""Symbols of a string label (Santoro et al. 2016, section 4.1: five letters, ``a`` to ``e``)."""
-
 
 @dataclass(frozen=True)
 class Objective:

@@ -163,6 +163,30 @@ class PESConfig(Evolution):
         return self
 
 
+class MANNConfig(Judged):
+    """Memory-augmented network: reads an episode as one sequence, binds inputs to labels in a memory; no inner loop."""
+
+    type: Literal["mann"] = "mann"
+    controller: Literal["lstm", "feedforward"] = "lstm"
+    controller_size: Positive = Field(200, description="numbers of the controller's state")
+    memory: Literal["lrua", "none"] = Field(
+        "lrua", description="least recently used access, or none, which leaves the controller alone"
+    )
+    memory_slots: Positive = Field(128, description="rows of the memory")
+    memory_width: Positive = Field(40, description="numbers of a row")
+    read_heads: Positive = Field(4, description="reads of a step; each head writes as well")
+    usage_decay: Annotated[float, Field(ge=0, le=1)] = Field(0.99, description="of slots' usage from step to step")
+    sharpness: Rate = Field(1.0, description="factor of the cosine similarities before the softmax; 1 in the paper")
+
+
+class SNAILConfig(Judged):
+    """SNAIL: temporal convolutions and attention over the support set with the query appended; no inner loop."""
+
+    type: Literal["snail"] = "snail"
+    filters: Positive = Field(128, description="numbers that each dense block adds")
+    attention_size: Annotated[int, Field(ge=2)] = Field(64, description="numbers of the first attention block's keys")
+
+
 class CustomAlgorithmConfig(CustomConfig):
     """An Algorithm of your own, named by import_path."""
 
@@ -181,6 +205,8 @@ AlgorithmConfig = Annotated[
     | MatchingNetConfig
     | ESConfig
     | PESConfig
+    | MANNConfig
+    | SNAILConfig
     | CustomAlgorithmConfig
     | PythonConfig,
     Field(discriminator="type"),

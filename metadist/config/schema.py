@@ -21,6 +21,14 @@ class ClassTasks(Section):
     ways: Annotated[int, Field(ge=2)] = Field(5, description="classes of an episode")
     shots: Positive = Field(1, description="support examples of each class")
     query_shots: Positive = Field(1, description="query examples of each class")
+    order: Literal["by_class", "within_sets", "shuffled"] = Field(
+        "by_class",
+        description="of the examples: class by class; support and query shuffled, each in itself; or all shuffled "
+        "together, the first ways x shots of them being the support set",
+    )
+    labels: Literal["index", "letters"] = Field(
+        "index", description="class numbers, or strings of five letters drawn anew for each episode"
+    )
 
 
 class GlyphTasksConfig(ClassTasks):

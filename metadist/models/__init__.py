@@ -2,6 +2,8 @@
 
 from metadist.models.conv4 import Conv4
 from metadist.models.flatten import Flatten
+from metadist.models.mann import MANN
 from metadist.models.mlp import MLP
+from metadist.models.snail import SNAIL
 
-__all__ = ["MLP", "Conv4", "Flatten"]
+__all__ = ["MANN", "MLP", "SNAIL", "Conv4", "Flatten"]

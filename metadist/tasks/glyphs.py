@@ -33,6 +33,7 @@ from metadist.files import write_atomically
 from metadist.seeding import Rng
 from metadist.tasks import rendering
 from metadist.tasks.base import SPLITS, TaskSource
+from metadist.tasks.sequences import arrange, check_choices
 
 SCRIPTS = {
     "train": ("LATIN", "GREEK", "CYRILLIC", "ARABIC", "CANADIAN", "LISU", "OLD", "COPTIC", "OGHAM"),
@@ -212,17 +213,27 @@ class GlyphTasks(TaskSource):
         query_shots: query drawings of each letter, at least 1; ``shots + query_shots <= 20``.
         split: ``train``, ``validation`` or ``test``; no script is in two of them.
         size: pixels a side of a picture, 12 to 112.
+        order, labels: see :func:`~metadist.tasks.sequences.arrange`.
 
     An episode has ``support.x`` float32 ``[ways * shots, 1, size, size]`` in [0, 1], ink 1, and ``support.y`` int64
-    ``[ways * shots]`` in ``[0, ways)``, class by class; the query likewise. ``info["classes"]`` names the letters.
+    ``[ways * shots]`` in ``[0, ways)``, class by class unless another order is asked for; the query likewise.
+    ``info["classes"]`` names the letters.
 
     Raises:
         ConfigError: if a number is out of range.
     """
 
     def __init__(
-        self, ways: int = 5, shots: int = 1, query_shots: int = 1, split: str = "train", size: int = 28
+        self,
+        ways: int = 5,
+        shots: int = 1,
+        query_shots: int = 1,
+        split: str = "train",
+        size: int = 28,
+        order: str = "by_class",
+        labels: str = "index",
     ) -> None:
+        check_choices(order, labels)
         for name, value, least in (("ways", ways, 2), ("shots", shots, 1), ("query_shots", query_shots, 1)):
             if value < least:
                 raise ConfigError(f"tasks.{name}", f"is {value}", f"give at least {least}")
@@ -238,6 +249,7 @@ class GlyphTasks(TaskSource):
                 f"make them add up to at most {DRAWINGS}",
             )
         self.ways, self.shots, self.query_shots, self.split_name, self.size = ways, shots, query_shots, split, size
+        self.order, self.labels = order, labels
         classes = len(self._classes())
         if ways > classes:
             raise ConfigError(
@@ -248,7 +260,7 @@ class GlyphTasks(TaskSource):
 
     def split(self, name: str) -> GlyphTasks:
         """The source of the letters of ``name``, with the same ways and shots."""
-        return GlyphTasks(self.ways, self.shots, self.query_shots, name, self.size)
+        return GlyphTasks(self.ways, self.shots, self.query_shots, name, self.size, self.order, self.labels)
 
     def sample(self, rng: Rng) -> Episode:
         """Draws ``ways`` distinct letters, then ``shots + query_shots`` distinct drawings of each."""
@@ -288,9 +300,9 @@ class GlyphTasks(TaskSource):
         pictures = torch.from_numpy(rows["drawings"][letters[:, :, None], drawings])
         codes = rows["letter"][letters]
         info = tuple({"classes": [unicodedata.name(chr(code)) for code in chosen]} for chosen in codes)
-        return EpisodeBatch(
-            self._examples(pictures[:, :, : self.shots]), self._examples(pictures[:, :, self.shots :]), info
-        )
+        support, query = (self._examples(p) for p in pictures.split([self.shots, self.query_shots], 2))
+        numbers = [(rng.seed, rng.stream, rng.index) for rng in rngs]
+        return arrange(EpisodeBatch(support, query, info), numbers, self.order, self.labels)
 
     def _examples(self, pictures: torch.Tensor) -> Examples:
         """Pictures uint8 ``[T, ways, K, size, size]`` as inputs and labels, class by class."""

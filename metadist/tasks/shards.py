@@ -17,6 +17,7 @@ from metadist.episode import Episode, EpisodeBatch
 from metadist.errors import DataError
 from metadist.seeding import Rng
 from metadist.tasks.base import TaskSource
+from metadist.tasks.sequences import arrange, check_choices
 
 ROTATIONS = ("none", "classes", "task")
 RESIDENT_LIMIT = 1 << 30
@@ -74,6 +75,7 @@ class ShardTasks(TaskSource):
             class of a task is turned by a quarter turn drawn for that task.
         resident: keep the split in memory; ``"auto"`` does so up to 1 GiB with the uniform sampler. The
             episodes are the same either way.
+        order, labels: see :func:`~metadist.tasks.sequences.arrange`.
 
     Raises:
         DataError: if the set is missing, damaged or of a newer schema, lacks the split, or is too small for the
@@ -90,7 +92,11 @@ class ShardTasks(TaskSource):
         sampler: str | Mapping[str, Any] = "uniform",
         rotations: str = "none",
         resident: bool | str = "auto",
+        order: str = "by_class",
+        labels: str = "index",
     ) -> None:
+        check_choices(order, labels)
+        self.order, self.labels = order, labels
         self.path = os.fspath(path)
         for name, value in (("ways", ways), ("shots", shots), ("query_shots", query_shots)):
             if value < 1:
@@ -167,8 +173,9 @@ class ShardTasks(TaskSource):
 
         Returns:
             support.x float32 ``[T, ways * shots, C, H, W]`` in [0, 1], support.y int64 ``[T, ways * shots]`` in
-            0..ways-1, all of class 0 first; the query likewise with ``query_shots``. ``info`` of each episode has
-            ``classes`` (names) and ``turns`` (degrees, counter-clockwise).
+            0..ways-1, all of class 0 first unless another order is asked for; the query likewise with
+            ``query_shots``. ``info`` of each episode has ``classes`` (names) and ``turns`` (degrees,
+            counter-clockwise).
 
         Raises:
             DataError: if a block is found cut or altered.
@@ -182,7 +189,8 @@ class ShardTasks(TaskSource):
         gather = self._shards.gather if self._store is None else self._store.gather
         images = gather(drawn.rows.ravel())
         support, query = assemble(images.reshape(*drawn.rows.shape, *images.shape[1:]), drawn.turns, self.shots)
-        return EpisodeBatch(support, query, self._info(drawn))
+        batch = EpisodeBatch(support, query, self._info(drawn))
+        return arrange(batch, [(seed, stream, number) for number in numbers], self.order, self.labels)
 
     def _info(self, drawn: Draws) -> tuple[dict[str, Any], ...]:
         names, degrees = self.sampler.pool.names, (drawn.turns * 90).tolist()
@@ -206,6 +214,8 @@ class ShardTasks(TaskSource):
             "shots": self.shots,
             "query_shots": self.query_shots,
             "rotations": self.rotations,
+            "order": self.order,
+            "labels": self.labels,
             "sampler": dict(self.sampler_options),
             "licence": m.licence,
         }

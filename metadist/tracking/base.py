@@ -58,7 +58,8 @@ class Tracker:
 
         Args:
             version: of the meta-parameters that were judged.
-            result: ``split, episodes, metric, pre_adaptation, mean, ci95, batchnorm``.
+            result: ``split, episodes, metric, pre_adaptation, mean, ci95, batchnorm``; of learners that read sequences
+                also ``by_instance``.
         """
 
     def log_picture(self, name: str, path: Path) -> None:

@@ -161,7 +161,18 @@ def judged(result: Mapping[str, Any]) -> str:
     """One evaluation in a line."""
     metric, before = str(result.get("metric", "accuracy")), result.get("pre_adaptation")
     start = "" if before is None else f"{number(before, metric)} → "
-    return f"{metric.replace('_', ' ')} {start}{interval(result)} over {result.get('episodes', '?')} episodes"
+    line = f"{metric.replace('_', ' ')} {start}{interval(result)} over {result.get('episodes', '?')} episodes"
+    shown = instances(result)
+    return f"{line}; by instance {shown}" if shown else line
+
+
+def instances(result: Mapping[str, Any]) -> str:
+    """Accuracies in per cent when a class is shown for the first time, the second, ...; empty if there are none."""
+    found = result.get("by_instance")
+    if not isinstance(found, Mapping):
+        return ""
+    means = (v.get("mean") for v in found.values() if isinstance(v, Mapping))
+    return " ".join(number(m, "accuracy").removesuffix(" %") for m in means) + " %"
 
 
 def result_rows(summary: Mapping[str, Any], run_dir: Path) -> list[tuple[str, str]]:
@@ -176,6 +187,8 @@ def result_rows(summary: Mapping[str, Any], run_dir: Path) -> list[tuple[str, st
             ("after adaptation", interval(result)),
             ("episodes", str(result.get("episodes", "?"))),
         ]
+        if shown := instances(result):
+            rows.append(("by instance", shown))
         if result.get("batchnorm"):
             rows.append(("BatchNorm", str(result["batchnorm"])))
     rows.append(("run directory", str(run_dir)))

@@ -98,7 +98,10 @@ class WandbTracker(Tracker):
         self._version = version
         split, metric = result.get("split", "test"), result.get("metric", self._metric)
         names = {"mean": metric, "pre_adaptation": f"pre_adaptation_{metric}", "ci95": "ci95", "episodes": "episodes"}
-        self._send({f"evaluation/{split}_{name}": result[key] for key, name in names.items() if key in result})
+        shown = result.get("by_instance", {})
+        instances = {f"evaluation/{split}_accuracy_instance_{n}": v["mean"] for n, v in shown.items()}
+        single = {f"evaluation/{split}_{name}": result[key] for key, name in names.items() if key in result}
+        self._send({**single, **instances})
 
     def log_picture(self, name: str, path: Path) -> None:
         if self._run is not None:

@@ -14,6 +14,7 @@ from metadist.episode import Episode, EpisodeBatch, Examples
 from metadist.inner import Engine, FunctionalModel
 from metadist.inner.engine import Strategy
 from metadist.models import MLP, Flatten
+from metadist.tasks.sequences import arrange
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,6 @@ class Case:
         model: of the config.
         exact: whether its meta-gradient is the derivative of its mean query loss.
         refused: hyper-parameters it must not take, with a word of what it says.
-        task_options: of the ``tasks`` section in a run.
         learns: outer options under which its loss falls within 40 updates.
     """
 
@@ -37,11 +37,11 @@ class Case:
     model: str = "mlp"
     exact: bool = True
     refused: dict[str, Any] = field(default_factory=dict)
-    task_options: dict[str, Any] = field(default_factory=dict)
     learns: dict[str, Any] = field(default_factory=dict)
 
 
 INNER = {"inner_lr": 0.1, "inner_steps": 2}
+CELL = {"controller_size": 12, "memory_slots": 8, "memory_width": 5, "read_heads": 2}
 
 CASES: dict[str, Case] = {
     "maml": Case("maml", INNER, refused={"inner_lr": 0.0}),
@@ -65,13 +65,22 @@ CASES: dict[str, Case] = {
     "pes": Case("pes", {**INNER, "pairs": 4, "horizon": 6}, exact=False, refused={"horizon": 5}),
     "pes fixed rate": Case("pes", {**INNER, "pairs": 4, "horizon": 4, "learned_rate": False}, exact=False,
                            refused={"pairs": 0}, learns={"steps": 120, "lr": 0.03}),
+    "mann": Case("mann", CELL, "sequence", exact=False, refused={"usage_decay": 1.5}),
+    "mann feedforward": Case("mann", {**CELL, "controller": "feedforward"}, "sequence", exact=False,
+                             refused={"controller": "gru"}),
+    "mann without memory": Case("mann", {**CELL, "memory": "none"}, "sequence", exact=False,
+                                refused={"memory": "ntm"}),
+    "snail": Case("snail", {"filters": 6, "attention_size": 4}, "sequence", refused={"filters": 0}),
 }  # fmt: skip
 
 WAYS, SHOTS, QUERY, FEATURES = 3, 2, 2, 4
 
 
 def episodes(tasks: int, seed: int = 0, kind: str = "classes") -> EpisodeBatch:
-    """Small tasks in float64: noisy clusters to tell apart, whose centres are the task."""
+    """Small tasks in float64: noisy clusters to tell apart, whose centres are the task.
+
+    Of kind ``sequence`` their examples come in a random order, support and query mixed.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def one() -> Episode:
@@ -84,7 +93,9 @@ def episodes(tasks: int, seed: int = 0, kind: str = "classes") -> EpisodeBatch:
 
         return Episode(draw(SHOTS), draw(QUERY))
 
-    return EpisodeBatch.stack([one() for _ in range(tasks)])
+    batch = EpisodeBatch.stack([one() for _ in range(tasks)])
+    return arrange(batch, [(seed, kind, e) for e in range(tasks)], "shuffled" if kind == "sequence" else "by_class",
+                   "index")  # fmt: skip
 
 
 class Normed(nn.Module):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from metadist.algorithms import BUILT_IN
 from metadist.cli import main
 from metadist.config import validate
 from metadist.experiment import Experiment
@@ -25,9 +26,10 @@ LISTED = pytest.mark.parametrize("name", CASES)
 def sections(name: str, **outer: Any) -> dict[str, Any]:
     """A config of the learner's own smallest kind of run: letters of 12 x 12 pixels."""
     case = CASES[name]
+    order = BUILT_IN[case.type].wants_order
     return {
         "name": "tiny",
-        "tasks": {"type": "glyphs", "ways": 3, "shots": 2, **case.task_options},
+        "tasks": {"type": "glyphs", "ways": 3, "shots": 2, **({"order": order[0]} if order else {})},
         "model": MODELS[case.model],
         "algorithm": {"type": case.type, **case.options},
         "engine": {"strategy": "vectorised"},

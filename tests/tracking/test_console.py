@@ -56,6 +56,16 @@ def test_time_left_after_a_resume_counts_this_sessions_steps(tmp_path: Path) -> 
     assert "from step 90" in err.getvalue() and err.getvalue().rstrip().endswith("0:16 left")
 
 
+def test_the_accuracy_by_instance_is_one_line(tmp_path: Path) -> None:
+    out, err = io.StringIO(), io.StringIO()
+    tracker, _ = _console(tmp_path, out, err)
+    result = {**EVALUATION, "by_instance": {"1": {"mean": 0.364, "ci95": 0.01}, "2": {"mean": 0.828, "ci95": 0.01}}}
+    tracker.log_evaluation(100, result)
+    tracker.finish({"evaluation": result}, 0)
+    assert err.getvalue().splitlines()[-1].endswith("over 600 episodes; by instance 36.4 82.8 %")
+    assert "by instance        36.4 82.8 %" in out.getvalue()
+
+
 def test_the_table_goes_to_stdout_and_names_what_exists(tmp_path: Path) -> None:
     out, err = io.StringIO(), io.StringIO()
     tracker, _ = _console(tmp_path, out, err)
