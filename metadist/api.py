@@ -157,6 +157,7 @@ def train(
     algorithm: Algorithm,
     outer: Outer | None = None,
     runtime: LocalRuntime | RayRuntime | None = None,
+    engine: dict[str, Any] | None = None,
     evaluation: dict[str, Any] | None = None,
     tracking: dict[str, Any] | None = None,
     name: str = "run",
@@ -173,7 +174,7 @@ def train(
         algorithm: the learner, e.g. ``MAML(inner_lr=0.1)``.
         outer: the meta-update.
         runtime: where it runs; this process by default.
-        evaluation, tracking: fields of these sections of the config.
+        engine, evaluation, tracking: fields of these sections of the config, e.g. ``engine={"compile": True}``.
         name, seed: of the run.
         precision: ``float32`` or ``float64``.
         batchnorm: whose statistics BatchNorm takes for the query set: ``transductive`` (its own), ``inductive`` (the
@@ -192,7 +193,7 @@ def train(
         "tasks": _named(type(tasks)) | {"type": "python"},
         "model": _named(model) | {"type": "python", "batchnorm": batchnorm},
         "algorithm": _named(type(algorithm)) | {"type": "python"},
-        "engine": {"precision": precision},
+        "engine": {"precision": precision, **(engine or {})},
         "outer": (outer or Outer()).section(),
         "runtime": (runtime or LocalRuntime()).section(),
         "evaluation": evaluation or {},

@@ -73,7 +73,8 @@ class EpisodeNorm(nn.Module):
         now = self.now
         weight, bias = _row(self.weight, now.step), _row(self.bias, now.step)
         if now.stored:
-            mean, var = _row(self.running_mean, now.step), _row(self.running_var, now.step)
+            # Statistics are observed, not learned: an inner loop over all meta-parameters finds no slope here.
+            mean, var = (_row(s.detach(), now.step) for s in (self.running_mean, self.running_var))
             return F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
         others = [0, *range(2, x.dim())]
         if now.seen is not None:

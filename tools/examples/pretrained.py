@@ -58,18 +58,15 @@ class Pretrained(md.Algorithm):
         if not evaluation:
             return meta_params
 
-        # Running statistics of BatchNorm, where there are any, are learned as averages: no gradient step moves them.
-        averages = {k: meta_params[k] for k in self.update_rules()}
-        params = {k: v for k, v in meta_params.items() if k not in averages}
-
         def support_loss(params: Tensors) -> Tensor:
-            return self.objective.loss(self.model({**averages, **params}, support.x, evaluation=True), support.y)
+            return self.objective.loss(self.model(params, support.x, evaluation=True), support.y)
 
+        params = meta_params
         for _ in range(self.inner_steps):
             # Not loss.backward(): md.gradients works however the engine runs the tasks.
             gradient = md.gradients(support_loss, params)
             params = {k: v - self.inner_lr * gradient[k] for k, v in params.items()}
-        return {**averages, **params}
+        return params
 
 
 class PretrainedOnAll(Pretrained):
