@@ -213,11 +213,14 @@ class Algorithm:
         """The query metrics without adaptation, ``[T]`` each, named with the prefix ``pre_adaptation_``."""
         params = {k: v.detach() for k, v in meta_params.items()}
 
-        def one(support: Examples, query: Examples) -> Tensors:
-            return self.judge(self.predict_unadapted(params, support, query.x, evaluation=evaluation), query)[1]
+        def one(params: Tensors, support: Examples, query: Examples) -> tuple[Tensors, Tensors]:
+            return {}, self.judge(self.predict_unadapted(params, support, query.x, evaluation=evaluation), query)[1]
 
+        # Evaluations come in microbatches of another size, for which compiling would not pay.
+        engine = self.engine if not evaluation else self.engine.uncompiled()
         with torch.no_grad():
-            return {PRE + k: v for k, v in self.engine.map_tasks(one, batch).items()}
+            _, metrics = engine.sum_tasks(one, (params,), (batch.support, batch.query), key="before adaptation")
+        return {PRE + k: v for k, v in metrics.items()}
 
     def _whole(self) -> InnerProblem:
         """Adaptation as a single step of the engine."""

@@ -41,6 +41,10 @@ class Engine:
         self.strategy, self.compile = strategy, compile and strategy == "vectorised"
         self._compiled: dict[Any, CompiledFunction] = {}
 
+    def uncompiled(self) -> Engine:
+        """The same without compilation, for what is not computed often enough to pay for it."""
+        return Engine(self.strategy) if self.compile else self
+
     def meta_gradient(
         self, problem: InnerProblem, meta_params: Tensors, batch: EpisodeBatch, constants: Tensors | None = None
     ) -> tuple[Tensors, Any]:
