@@ -32,7 +32,8 @@ class MANN(SequenceLearner):
         memory_width: numbers of a row.
         read_heads: reads of a step; each head writes as well.
         usage_decay: of the slots' usage from step to step, gamma of equation 5.
-        sharpness: factor of the cosine similarities before the softmax; 1 in the paper.
+        sharpness: factor of the cosine similarities before the softmax; 1 in the paper, with which no slot can get more
+            than seven times the weight of any other.
         loss, metric: as of :class:`~metadist.algorithms.maml.MAML`.
     """
 
@@ -48,7 +49,7 @@ class MANN(SequenceLearner):
         memory_width: int = 40,
         read_heads: int = 4,
         usage_decay: float = 0.99,
-        sharpness: float = 1.0,
+        sharpness: float = 10.0,
         loss: str | LossFunction = "auto",
         metric: str = "auto",
     ) -> None:
