@@ -106,7 +106,7 @@ class MANN(SequenceLearner):
     def _learn(self, meta_params: Tensors, support: Examples, query: Examples) -> tuple[Tensors, Any]:
         """The gradient of the summed losses of T tasks; their outputs and the statistics of BatchNorm.
 
-        Nothing is differentiated twice here, so plain autograd does, whose steps cost less than those of torch.func.
+        Nothing is differentiated twice here, so plain autograd does.
         """
         leaves = {k: v.detach().requires_grad_() for k, v in meta_params.items()}
         with torch.enable_grad():
