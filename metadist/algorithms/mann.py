@@ -32,7 +32,8 @@ class MANN(SequenceLearner):
         memory_width: numbers of a row.
         read_heads: reads of a step; each head writes as well.
         usage_decay: of the slots' usage from step to step, gamma of equation 5.
-        sharpness: factor of the cosine similarities before the softmax; 1 in the paper.
+        sharpness: factor of the cosine similarities before the softmax; 1 in the paper, with which no slot can get more
+            than seven times the weight of any other.
         loss, metric: as of :class:`~metadist.algorithms.maml.MAML`.
     """
 
@@ -48,7 +49,7 @@ class MANN(SequenceLearner):
         memory_width: int = 40,
         read_heads: int = 4,
         usage_decay: float = 0.99,
-        sharpness: float = 1.0,
+        sharpness: float = 10.0,
         loss: str | LossFunction = "auto",
         metric: str = "auto",
     ) -> None:
@@ -105,7 +106,7 @@ class MANN(SequenceLearner):
     def _learn(self, meta_params: Tensors, support: Examples, query: Examples) -> tuple[Tensors, Any]:
         """The gradient of the summed losses of T tasks; their outputs and the statistics of BatchNorm.
 
-        Nothing is differentiated twice here, so plain autograd does, whose steps cost less than those of torch.func.
+        Nothing is differentiated twice here, so plain autograd does.
         """
         leaves = {k: v.detach().requires_grad_() for k, v in meta_params.items()}
         with torch.enable_grad():

@@ -176,7 +176,7 @@ class MANNConfig(Judged):
     memory_width: Positive = Field(40, description="numbers of a row")
     read_heads: Positive = Field(4, description="reads of a step; each head writes as well")
     usage_decay: Annotated[float, Field(ge=0, le=1)] = Field(0.99, description="of slots' usage from step to step")
-    sharpness: Rate = Field(1.0, description="factor of the cosine similarities before the softmax; 1 in the paper")
+    sharpness: Rate = Field(10.0, description="factor of the cosine similarities before the softmax; 1 in the paper")
 
 
 class SNAILConfig(Judged):

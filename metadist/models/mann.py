@@ -47,7 +47,7 @@ class MANN(nn.Module):
         width: int = 40,
         read_heads: int = 4,
         usage_decay: float = 0.99,
-        sharpness: float = 1.0,
+        sharpness: float = 10.0,
     ) -> None:
         super().__init__()
         self.controller, self.size, self.heads = controller, controller_size, read_heads if memory == "lrua" else 0
@@ -96,7 +96,7 @@ class MANN(nn.Module):
         return state
 
     def step(self, projected: Tensor, state: State) -> State:
-        """One step: the controller, then write, then read.
+        """One step: the controller, then read, then write.
 
         Args:
             projected: the inputs' part of the controller's sum, ``[B, 4 H]`` (``[B, H]`` if feedforward).
@@ -118,22 +118,26 @@ class MANN(nn.Module):
         return {"hidden": put_out * torch.tanh(cell), "cell": cell}
 
     def _access(self, hidden: Tensor, state: State) -> State:
-        """Writes to the memory and reads from it (section 3.2, equations 2 to 8)."""
+        """Reads from the memory, then writes to it (section 3, equations 2 to 8).
+
+        What is read is what the steps before have left there. The paper's notation admits the other order as well,
+        but read after the write, a key finds what it has just written first of all, and learning takes far longer.
+        """
         assert self.to_heads is not None
         keys, gates = self.to_heads(hidden).split([self.heads * self.width, self.heads], -1)
         keys = torch.tanh(keys).reshape(-1, self.heads, self.width)  # [B, R, W]
         gate = torch.sigmoid(gates)[..., None]  # [B, R, 1]
+        read_weights = self.address(keys, state["memory"])
         least_used, erased = self.least_used(state["usage"])
         write_weights = gate * state["read_weights"] + (1 - gate) * least_used[:, None]  # equation 6
         kept = state["memory"] * (1 - erased)[..., None]
         memory = torch.baddbmm(kept, write_weights.transpose(1, 2), keys)  # equation 7
-        read_weights = self.address(keys, memory)
         # No slope goes through usage, which decides by its order alone.
         used = (read_weights.detach() + write_weights.detach()).sum(1)
         return {
             "memory": memory,
             "read_weights": read_weights,
-            "read": torch.bmm(read_weights, memory).flatten(1),  # equation 4
+            "read": torch.bmm(read_weights, state["memory"]).flatten(1),  # equation 4
             "usage": self.usage_decay * state["usage"] + used,  # equation 5
         }
 

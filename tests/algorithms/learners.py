@@ -42,6 +42,7 @@ class Case:
 
 INNER = {"inner_lr": 0.1, "inner_steps": 2}
 CELL = {"controller_size": 12, "memory_slots": 8, "memory_width": 5, "read_heads": 2}
+SLOWLY = {"lr": 0.01, "steps": 150}
 
 CASES: dict[str, Case] = {
     "maml": Case("maml", INNER, refused={"inner_lr": 0.0}),
@@ -66,7 +67,7 @@ CASES: dict[str, Case] = {
     "pes fixed rate": Case("pes", {**INNER, "pairs": 4, "horizon": 4, "learned_rate": False}, exact=False,
                            refused={"pairs": 0}, learns={"steps": 120, "lr": 0.03}),
     "mann": Case("mann", CELL, "sequence", exact=False, refused={"usage_decay": 1.5}),
-    "mann feedforward": Case("mann", {**CELL, "controller": "feedforward"}, "sequence", exact=False,
+    "mann feedforward": Case("mann", {**CELL, "controller": "feedforward"}, "sequence", exact=False, learns=SLOWLY,
                              refused={"controller": "gru"}),
     "mann without memory": Case("mann", {**CELL, "memory": "none"}, "sequence", exact=False,
                                 refused={"memory": "ntm"}),

@@ -22,7 +22,7 @@ from .learners import CASES, QUERY, SHOTS, WAYS, episodes, learner_of
 from .test_contract import flat, moved, relative
 
 SLOTS, WIDTH, HEADS, SIZE, INPUTS = 6, 4, 2, 3, 5
-DECAY = 0.7
+DECAY, SHARPNESS = 0.7, 1.5
 
 # ------------------------------------------------------------------ least recently used access, by hand
 
@@ -59,6 +59,13 @@ def by_hand(w: dict[str, np.ndarray], inputs: np.ndarray) -> list[dict[str, np.n
         made = w["to_heads.weight"] @ h + w["to_heads.bias"]
         keys = np.tanh(made[: HEADS * WIDTH]).reshape(HEADS, WIDTH)
         gates = sigmoid(made[HEADS * WIDTH :])
+        now = np.zeros((HEADS, SLOTS))
+        read = []
+        for r in range(HEADS):
+            lengths = [(np.sqrt(keys[r] @ keys[r]) + 1e-4) * (np.sqrt(m @ m) + 1e-4) for m in memory]
+            powers = np.exp([SHARPNESS * (keys[r] @ m) / n for m, n in zip(memory, lengths, strict=True)])
+            now[r] = powers / powers.sum()
+            read.append(sum(now[r, i] * memory[i] for i in range(SLOTS)))
         ranked = sorted(range(SLOTS), key=lambda i: (usage[i], i))
         least_used = np.array([1.0 if i in ranked[:HEADS] else 0.0 for i in range(SLOTS)])
         memory[ranked[0]] = 0
@@ -67,12 +74,7 @@ def by_hand(w: dict[str, np.ndarray], inputs: np.ndarray) -> list[dict[str, np.n
             for i in range(SLOTS):
                 write_weights[r, i] = gates[r] * read_weights[r, i] + (1 - gates[r]) * least_used[i]
                 memory[i] += write_weights[r, i] * keys[r]
-        read = []
-        for r in range(HEADS):
-            lengths = [(np.sqrt(keys[r] @ keys[r]) + 1e-4) * (np.sqrt(m @ m) + 1e-4) for m in memory]
-            powers = np.exp([keys[r] @ m / length for m, length in zip(memory, lengths, strict=True)])
-            read_weights[r] = powers / powers.sum()
-            read.append(sum(read_weights[r, i] * memory[i] for i in range(SLOTS)))
+        read_weights = now
         usage = DECAY * usage + read_weights.sum(0) + write_weights.sum(0)
         last_read = np.concatenate(read)
         states.append({"hidden": h, "memory": memory.copy(), "usage": usage.copy(),
@@ -82,7 +84,8 @@ def by_hand(w: dict[str, np.ndarray], inputs: np.ndarray) -> list[dict[str, np.n
 
 def cell(**options: Any) -> Cell:
     torch.manual_seed(0)
-    sizes = {"controller_size": SIZE, "slots": SLOTS, "width": WIDTH, "read_heads": HEADS, "usage_decay": DECAY}
+    sizes = {"controller_size": SIZE, "slots": SLOTS, "width": WIDTH, "read_heads": HEADS, "usage_decay": DECAY,
+             "sharpness": SHARPNESS}  # fmt: skip
     made = Cell(INPUTS, 2, **{**sizes, **options}).double()
     for p in made.parameters():  # weights of a size at which every rule shows
         p.data = torch.randn_like(p)
