@@ -137,10 +137,14 @@ def _draw_series(axes: Axes, rows: Sequence[Mapping[str, Any]], name: str, colou
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """The mean of up to ``window`` values before and up to ``window`` after each one, float64 ``[n]``."""
+    """The mean of up to ``window`` values before and after each one, float64 ``[n]``.
+
+    Near the start, where a curve is steepest, no more are taken after than there are before.
+    """
     total = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
     at = np.arange(len(values))
-    first, last = np.maximum(at - window, 0), np.minimum(at + window + 1, len(values))
+    reach = np.minimum(window, at)
+    first, last = at - reach, np.minimum(at + reach + 1, len(values))
     return np.asarray((total[last] - total[first]) / (last - first))
 
 

@@ -167,8 +167,8 @@ def test_the_metric_is_the_one_steps_give_before_adaptation_too() -> None:
     assert metric_of([], {}) == "accuracy"
 
 
-def test_the_running_mean_is_centred_and_shorter_at_the_ends() -> None:
-    np.testing.assert_allclose(running_mean(np.array([0.0, 3, 6, 9, 30]), 1), [1.5, 3, 6, 15, 19.5])
+def test_the_running_mean_is_centred_and_begins_where_the_values_do() -> None:
+    np.testing.assert_allclose(running_mean(np.array([0.0, 3, 6, 9, 30]), 1), [0, 3, 6, 15, 19.5])
     np.testing.assert_allclose(running_mean(np.array([4.0]), 3), [4])
 
 
