@@ -14,7 +14,7 @@ from metadist.algorithms import BUILT_IN, Algorithm, Plan, outputs_for, resolve_
 from metadist.config.schema import ClassTasks, Config
 from metadist.episode import Episode
 from metadist.errors import ConfigError
-from metadist.inner import Engine, FunctionalModel, choose_strategy, compiler_missing
+from metadist.inner import Convolution, Engine, FunctionalModel, choose_strategy, compiler_missing
 from metadist.inner.engine import Strategy
 from metadist.models import MLP, Conv4, Flatten
 from metadist.seeding import Rng
@@ -107,9 +107,9 @@ class Experiment:
                 module = algorithm.prepare(module, example)
             except ValueError as e:
                 raise ConfigError("algorithm", str(e)) from e
-        model = FunctionalModel(module, device, dtype, self.config.model.batchnorm)
         strategy = self.config.engine.strategy
         engine = Engine("vectorised" if strategy == "auto" else strategy, self.config.engine.compile)
+        model = FunctionalModel(module, device, dtype, self.config.model.batchnorm, self._convolution(engine, device))
         objective = resolve_objective(algorithm.loss, example.query.y, algorithm.metric)
         try:
             return algorithm.bind(model, objective, engine)
@@ -127,6 +127,13 @@ class Experiment:
             reason = why or reason
         engine = self.config.engine.model_copy(update={"strategy": strategy, "compile": compiled})
         return replace(self, config=self.config.model_copy(update={"engine": engine}), _sources=self._sources), reason
+
+    def _convolution(self, engine: Engine, device: torch.device | str) -> Convolution:
+        """How convolutions are computed: a rule over the strategy and the kind of device, never a timing."""
+        wanted = self.config.engine.convolution
+        if wanted != "auto":
+            return wanted
+        return "columns" if engine.strategy == "vectorised" and torch.device(device).type == "cpu" else "direct"
 
     def _choose_strategy(self) -> tuple[Strategy, str]:
         learner = self.learner()

@@ -154,6 +154,11 @@ class EngineConfig(Section):
         description="compile the vectorised meta-gradient (inductor); a minute or two at the start of each worker, "
         "worth it for runs of ten minutes and more",
     )
+    convolution: Literal["auto", "direct", "columns"] = Field(
+        "auto",
+        description="direct: torch's own; columns: products of matrices, for small pictures on a CPU where all tasks "
+        "are computed at once, which is what auto takes them for",
+    )
     precision: Literal["float32", "float64"] = "float32"
 
 

@@ -4,11 +4,12 @@ from metadist.inner.adjoint import InnerProblem
 from metadist.inner.batchnorm import BatchNormMode
 from metadist.inner.compiled import compiler_missing
 from metadist.inner.engine import Engine, choose_strategy
-from metadist.inner.functional import FunctionalModel, Tensors
+from metadist.inner.functional import Convolution, FunctionalModel, Tensors
 from metadist.inner.gradients import curvature, gradients
 
 __all__ = [
     "BatchNormMode",
+    "Convolution",
     "Engine",
     "FunctionalModel",
     "InnerProblem",

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from metadist.inner.batchnorm import MEAN, VAR, BatchNormMode, Pass, adopt_batchnorm
+from metadist.inner.columns import AsProducts
 
 Tensors = dict[str, Tensor]
+Convolution = Literal["direct", "columns"]
 
 _RANDOM = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.RReLU)
 
@@ -27,6 +30,7 @@ class FunctionalModel:
         dtype: of floating-point parameters and buffers; None leaves them.
         batchnorm: whose statistics normalise whom, see :mod:`metadist.inner.batchnorm`. In every mode they
             are per task, so that a task's result does not depend on the tasks computed beside it.
+        convolution: ``direct``, torch's own, or ``columns``, as products of matrices (:mod:`metadist.inner.columns`).
     """
 
     def __init__(
@@ -35,12 +39,14 @@ class FunctionalModel:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         batchnorm: BatchNormMode = "transductive",
+        convolution: Convolution = "direct",
     ) -> None:
         self.module, self.device = copy.deepcopy(module), torch.device(device)
         self.norms = adopt_batchnorm(self.module, batchnorm)
         self.module.to(device=device, dtype=dtype)
         self.batchnorm: str = batchnorm if self.norms else "none"
         """The mode, or ``none`` for a model without BatchNorm."""
+        self.convolution = convolution
         self.module.train()
         self._seen: Tensors | None = None
         self.buffers: Tensors = {k: v.detach() for k, v in self.module.named_buffers()}
@@ -73,7 +79,8 @@ class FunctionalModel:
         now = Pass(rows, step, evaluation and self.batchnorm == "running", self._seen)
         for norm in self.norms:
             norm.now = now
-        output = functional_call(self.module, {**self.buffers, **params}, (x,), strict=True)
+        with AsProducts() if self.convolution == "columns" else contextlib.nullcontext():
+            output = functional_call(self.module, {**self.buffers, **params}, (x,), strict=True)
         return output[rows:] if rows else output
 
     @property

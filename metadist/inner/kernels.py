@@ -1,0 +1,59 @@
+"""The package's few lines of C++: built when they are first needed and kept for the next process."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import subprocess
+import tempfile
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+_FLAGS = ("-O3", "-march=native", "-fno-fast-math", "-shared", "-fPIC")
+
+
+@functools.cache
+def load(source: Path) -> ctypes.CDLL | None:
+    """The shared library of one C++ file; None, once said to the log, where it cannot be built.
+
+    It is kept under ``$METADIST_CACHE`` (``~/.cache/metadist`` by default) by the digest of its source and processor.
+    """
+    try:
+        return ctypes.CDLL(str(_built(source)))
+    except Exception as e:
+        log.info("%s is not compiled, its plain form is used: %s", source.name, e)
+        return None
+
+
+def _built(source: Path) -> Path:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    compiler = get_cpp_compiler()
+    text = source.read_bytes()
+    name = hashlib.sha256(b"\0".join([text, compiler.encode(), " ".join(_FLAGS).encode(), _processor()])).hexdigest()
+    cache = Path(os.environ.get("METADIST_CACHE", Path.home() / ".cache" / "metadist"))
+    library = cache / f"{source.stem}-{name[:16]}.so"
+    if not library.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        # Beside and renamed: another process may build it at the same time.
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            made = Path(folder) / library.name
+            subprocess.run(
+                [compiler, *_FLAGS, str(source), "-o", str(made)], check=True, capture_output=True, timeout=120
+            )
+            made.replace(library)
+    return library
+
+
+def _processor() -> bytes:
+    """What ``-march=native`` depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor().encode()
+    return "".join(sorted({x for x in lines if x.startswith(("flags", "Features", "model name"))})).encode()
