@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -103,18 +104,14 @@ class Experiment:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(Rng(self.config.seed, "initialisation").torch_seed())
             module = self._make_module(example, algorithm.wants)
-            try:
+            with _refusals("algorithm"):
                 module = algorithm.prepare(module, example)
-            except ValueError as e:
-                raise ConfigError("algorithm", str(e)) from e
         strategy = self.config.engine.strategy
         engine = Engine("vectorised" if strategy == "auto" else strategy, self.config.engine.compile)
         model = FunctionalModel(module, device, dtype, self.config.model.batchnorm, self._convolution(engine, device))
         objective = resolve_objective(algorithm.loss, example.query.y, algorithm.metric)
-        try:
+        with _refusals("algorithm"):
             return algorithm.bind(model, objective, engine)
-        except ValueError as e:
-            raise ConfigError("algorithm", str(e)) from e
 
     def resolved(self) -> tuple[Experiment, str]:
         """The same experiment with its engine decided, and the reason if it is not the one hoped for."""
@@ -225,7 +222,17 @@ class Experiment:
         options = section.model_dump(exclude={"type"})
         if ":" in options.get("loss", ""):
             options["loss"] = import_object("algorithm.loss", options["loss"])
-        return BUILT_IN[section.type](**options)
+        with _refusals("algorithm"):
+            return BUILT_IN[section.type](**options)
+
+
+@contextlib.contextmanager
+def _refusals(section: str) -> Iterator[None]:
+    """Within it, a ValueError is a fault of the config's section, told in its own words."""
+    try:
+        yield
+    except ValueError as e:
+        raise ConfigError(section, str(e)) from e
 
 
 def _task_source(kind: str) -> Callable[..., TaskSource]:

@@ -56,6 +56,13 @@ def test_the_model_ends_as_the_learner_wants_it(algorithm: str, outputs: int | N
         ({"algorithm": {"type": "cavia", "layer": "blocks.9"}}, "no layer 'blocks.9'.*blocks.0.conv"),
         ({"tasks": {"type": "sinusoid"}, "model": {"type": "mlp"}, "algorithm": {"type": "protonet"}}, "whole-number"),
         ({"tasks": {"type": "sinusoid"}, "model": {"type": "mlp"}, "algorithm": {"type": "protomaml"}}, "whole-number"),
+        (
+            {
+                "tasks": {**GLYPHS, "order": "shuffled"},
+                "algorithm": {"type": "mann", "memory_slots": 4, "read_heads": 9},
+            },
+            "algorithm.*read_heads must be 1 to memory_slots .4., not 9",
+        ),
         ({"tasks": {"type": "sinusoid"}}, "model.type.*conv4 takes pictures.*use mlp"),
     ],
 )
