@@ -173,8 +173,7 @@ class Algorithm:
     def meta_gradient(self, meta_params: Tensors, batch: EpisodeBatch) -> TaskResults:
         """The summed meta-gradient and metrics of the tasks in ``batch``."""
         gradient, (metrics, seen) = self.engine.meta_gradient(self._whole(), meta_params, batch)
-        gradient |= {k: v.sum(0)[None] for k, v in seen.items()}
-        return TaskResults(gradient, {**metrics, **self.before_adaptation(meta_params, batch)})
+        return self.results(meta_params, batch, gradient, metrics, seen)
 
     # ----------------------------------------------------------------- what follows from it
 
@@ -208,6 +207,21 @@ class Algorithm:
         """The loss of ``output`` on the query set, and the metrics ``loss`` and the task's own."""
         loss = self.objective.loss(output, query.y)
         return loss, {"loss": loss.detach(), self.objective.metric: self.objective.measure(output.detach(), query.y)}
+
+    def results(
+        self, meta_params: Tensors, batch: EpisodeBatch, gradient: Tensors, metrics: Tensors, seen: Tensors
+    ) -> TaskResults:
+        """What :meth:`meta_gradient` returns, from what a learner has computed of it.
+
+        Args:
+            meta_params, batch: what it was called with; the metrics before adaptation are computed here.
+            gradient: summed over the tasks.
+            metrics: of each task, ``[T]``.
+            seen: each task's BatchNorm statistics by the names of the averages, ``[T, channels]`` or ``[T, rows,
+                channels]``, which stand in the gradient as what was observed.
+        """
+        observed = {k: v.sum(0).view_as(meta_params[k]) for k, v in seen.items()}
+        return TaskResults({**gradient, **observed}, {**metrics, **self.before_adaptation(meta_params, batch)})
 
     def before_adaptation(self, meta_params: Tensors, batch: EpisodeBatch, *, evaluation: bool = False) -> Tensors:
         """The query metrics without adaptation, ``[T]`` each, named with the prefix ``pre_adaptation_``."""

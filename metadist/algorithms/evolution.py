@@ -60,8 +60,7 @@ class ES(MAML):
         tasks = (batch.support, batch.query, noise)
         with torch.no_grad():
             gradient, (metrics, seen) = self.engine.sum_tasks(self._estimate, (meta_params,), tasks)
-        gradient = {**gradient, **{k: v.sum(0)[None] for k, v in seen.items()}}
-        return TaskResults(gradient, {**metrics, **self.before_adaptation(meta_params, batch)})
+        return self.results(meta_params, batch, gradient, metrics, seen)
 
     def perturbed(self, meta_params: Tensors) -> Tensors:
         """What is learned by the perturbations: all that the outer optimizer moves."""

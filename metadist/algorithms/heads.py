@@ -44,6 +44,17 @@ def find_head(module: nn.Module, name: str | None, example: Episode) -> str:
     return name
 
 
+def require_classes(learner: str, example: Episode) -> None:
+    """Refuses targets that are not class numbers.
+
+    Raises:
+        ValueError: naming the learner that needs them.
+    """
+    y = example.support.y
+    if y.is_floating_point() or y.dim() > 1:
+        raise ValueError(f"{learner} tells classes apart: it needs whole-number targets, one an example")
+
+
 def one_hot(y: Tensor, ways: int, like: Tensor) -> Tensor:
     """``[N, ways]`` of 0 and 1, in the dtype of ``like``, for class numbers ``y [N]``."""
     return (y[:, None] == torch.arange(ways, device=y.device)).to(like.dtype)

@@ -69,8 +69,7 @@ class IMAML(MAML):
     def meta_gradient(self, meta_params: Tensors, batch: EpisodeBatch) -> TaskResults:
         tasks = (batch.support, batch.query)
         gradient, (metrics, seen) = self.engine.sum_tasks(self._implicit, (meta_params, self.constants()), tasks)
-        gradient = {**gradient, **{k: v.sum(0) for k, v in seen.items()}}
-        return TaskResults(gradient, {**metrics, **self.before_adaptation(meta_params, batch)})
+        return self.results(meta_params, batch, gradient, metrics, seen)
 
     def _implicit(
         self, meta_params: Tensors, constants: Tensors, support: Examples, query: Examples

@@ -22,7 +22,7 @@ class MAML(Algorithm):
     the meta-gradient is that of ``L_query(theta_K)`` with respect to ``theta_0``, exact to second order.
 
     Relatives override :meth:`start` (what is adapted, what is only read, from where it sets out) and
-    :meth:`update` (what a step makes of a gradient).
+    :meth:`rate` or :meth:`update` (what a step makes of a gradient).
 
     Args:
         inner_lr: step size of the inner loop.
@@ -71,7 +71,11 @@ class MAML(Algorithm):
 
     def update(self, shared: Any, fast: Tensors, gradient: Tensors, k: int) -> Tensors:
         """The adapted tensors after step ``k``, from the gradient of the support loss."""
-        return {name: fast[name] - self.inner_lr * gradient[name] for name in gradient}
+        return {name: fast[name] - self.rate(shared, name, k) * gradient[name] for name in fast}
+
+    def rate(self, shared: Any, name: str, k: int) -> float | Tensor:
+        """The step size of a parameter in step ``k``."""
+        return self.inner_lr
 
     def params(self, shared: Any, fast: Tensors) -> Tensors:
         """The model's parameters, from what is shared and what is adapted."""
@@ -107,8 +111,7 @@ class MAML(Algorithm):
     def meta_gradient(self, meta_params: Tensors, batch: EpisodeBatch) -> TaskResults:
         problem = self.problem(self.inner_steps)
         gradient, (metrics, seen) = self.engine.meta_gradient(problem, meta_params, batch, self.constants())
-        gradient = {**gradient, **{k: v.sum(0) for k, v in seen.items()}}
-        return TaskResults(gradient, {**metrics, **self.before_adaptation(meta_params, batch)})
+        return self.results(meta_params, batch, gradient, metrics, seen)
 
     def adapt(self, meta_params: Tensors, support: Examples, *, evaluation: bool = False) -> Tensors:
         steps = self.evaluation_inner_steps if evaluation else self.inner_steps

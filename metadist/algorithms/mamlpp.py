@@ -77,11 +77,10 @@ class MAMLPlusPlus(MAML):
             shared["rates"] = {n: meta_params[RATES + n] for n in self._layers()}
         return shared, fast
 
-    def update(self, shared: Any, fast: Tensors, gradient: Tensors, k: int) -> Tensors:
+    def rate(self, shared: Any, name: str, k: int) -> float | Tensor:
         if not self.learned_rates:
-            return super().update(shared, fast, gradient, k)
-        rates = {n: r[min(k, self.inner_steps - 1)] for n, r in shared["rates"].items()}
-        return {name: fast[name] - rates[_layer(name)] * gradient[name] for name in fast}
+            return self.inner_lr
+        return shared["rates"][_layer(name)][min(k, self.inner_steps - 1)]
 
     def constants(self) -> Tensors:
         weights = step_weights(self.inner_steps, self.moment.version, self.multi_step_loss_updates)

@@ -95,8 +95,7 @@ class MANN(SequenceLearner):
         gradient, (outputs, seen) = self.engine.sum_batch(
             self._learn, (meta_params,), (batch.support, batch.query), key="sequences"
         )
-        gradient = gradient | {k: v.sum(0)[None] for k, v in seen.items()}
-        return TaskResults(gradient, {**self._judged(outputs, batch), **self.before_adaptation(meta_params, batch)})
+        return self.results(meta_params, batch, gradient, self._judged(outputs, batch), seen)
 
     def evaluate(self, meta_params: Tensors, batch: EpisodeBatch) -> Tensors:
         with torch.no_grad():
@@ -111,7 +110,7 @@ class MANN(SequenceLearner):
         leaves = {k: v.detach().requires_grad_() for k, v in meta_params.items()}
         with torch.enable_grad():
             outputs, seen = self._answers(leaves, support, query)
-            losses = self.each(self.objective.loss, outputs, torch.cat([support.y, query.y], 1))
+            losses = self.engine.map(self.objective.loss, outputs, torch.cat([support.y, query.y], 1))
             values = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
         return dict(zip(leaves, values, strict=True)), (outputs.detach(), seen)
 
@@ -126,7 +125,7 @@ class MANN(SequenceLearner):
                 other = self.model(params, query_x, reference=support_x, evaluation=evaluation)
             return torch.cat([one, other]), dict(seen)
 
-        features, seen = self.each(embed, support.x, query.x)
+        features, seen = self.engine.map(embed, support.x, query.x)
         y = torch.cat([support.y, query.y], 1)
         labels = self.labels(y.flatten(0, 1), features).reshape(*y.shape[:2], -1)
         return self.core(params, torch.cat([features, _delayed(labels)], -1))[0], seen
@@ -136,8 +135,8 @@ class MANN(SequenceLearner):
         y = torch.cat([batch.support.y, batch.query.y], 1)
         tail = outputs[:, batch.support.y.shape[1] :]
         metrics = {
-            "loss": self.each(self.objective.loss, outputs, y),
-            self.objective.metric: self.each(self.objective.measure, tail, batch.query.y),
+            "loss": self.engine.map(self.objective.loss, outputs, y),
+            self.objective.metric: self.engine.map(self.objective.measure, tail, batch.query.y),
         }
         return metrics if y.is_floating_point() else {**metrics, **accuracy_by_instance(outputs, y)}
 

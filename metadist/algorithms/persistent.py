@@ -122,10 +122,8 @@ class PES(ES):
             shared["rates"] = dict(zip(self.parameter_names, meta_params[RATES].exp().unbind(), strict=True))
         return shared, fast
 
-    def update(self, shared: Any, fast: Tensors, gradient: Tensors, k: int) -> Tensors:
-        if not self.learned_rate:
-            return super().update(shared, fast, gradient, k)
-        return {name: fast[name] - shared["rates"][name] * gradient[name] for name in fast}
+    def rate(self, shared: Any, name: str, k: int) -> float | Tensor:
+        return shared["rates"][name] if self.learned_rate else self.inner_lr
 
     # ----------------------------------------------------------------- a truncation
 
@@ -137,12 +135,8 @@ class PES(ES):
         with torch.no_grad():
             gradient, (metrics, seen, after) = self.engine.sum_tasks(self._truncation, (meta_params,), tasks)
         plus, minus = after[:, : self.pairs], after[:, self.pairs :]
-        gradient = {
-            **gradient,
-            **{k: v.sum(0)[None] for k, v in seen.items()},
-            **self._handed_on({"plus": plus, "minus": minus, "xi": carried["xi"]}),
-        }
-        return TaskResults(gradient, {**metrics, **self.before_adaptation(meta_params, batch)})
+        gradient |= self._handed_on({"plus": plus, "minus": minus, "xi": carried["xi"]})
+        return self.results(meta_params, batch, gradient, metrics, seen)
 
     def _resumed(self, meta_params: Tensors, noise: Tensor) -> Tensors:
         """The particles' states ``plus`` and ``minus`` ``[T, P, D]`` as they begin; ``xi`` with this noise in it."""

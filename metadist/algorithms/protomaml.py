@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from metadist.algorithms.anil import HeadAndBody
-from metadist.algorithms.heads import class_means
+from metadist.algorithms.heads import class_means, require_classes
 from metadist.episode import Episode, Examples
 from metadist.inner import Tensors
 
@@ -30,8 +30,7 @@ class ProtoMAML(HeadAndBody):
             raise ValueError(
                 f"protomaml starts from prototypes, so the last layer {self._head!r} must be linear, with a bias"
             )
-        if example.support.y.is_floating_point() or example.support.y.dim() > 1:
-            raise ValueError("protomaml tells classes apart: it needs whole-number targets, one an example")
+        require_classes("protomaml", example)
         self._ways = head.out_features
         return module
 

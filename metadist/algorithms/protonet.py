@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metadist.algorithms.base import Algorithm
-from metadist.algorithms.heads import class_means
+from metadist.algorithms.heads import class_means, one_hot, require_classes
 from metadist.algorithms.losses import LossFunction
 from metadist.episode import Episode, Examples
 from metadist.inner import Tensors
@@ -27,11 +27,7 @@ class MetricLearner(Algorithm):
         self.loss, self.metric = loss, metric
 
     def prepare(self, module: nn.Module, example: Episode) -> nn.Module:
-        y = example.support.y
-        if y.is_floating_point() or y.dim() > 1:
-            raise ValueError(
-                f"{type(self).__name__} tells classes apart: it needs whole-number targets, one an example"
-            )
+        require_classes(type(self).__name__, example)
         return module
 
     def predict_unadapted(self, meta_params: Tensors, support: Examples, x: Tensor, *, evaluation: bool) -> Tensor:
@@ -84,5 +80,5 @@ class ProtoNet(MetricLearner):
 
 def masked(scores: Tensor, y: Tensor) -> Tensor:
     """``scores [N, classes]`` with the lowest number where no example of ``y [S]`` is of the class."""
-    there = (y[:, None] == torch.arange(scores.shape[-1], device=y.device)).any(0)
+    there = one_hot(y, scores.shape[-1], scores).any(0)
     return torch.where(there, scores, torch.full_like(scores, -1e9))

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
-from torch.utils import _pytree as pytree
 
 from metadist.algorithms.base import Algorithm
 from metadist.algorithms.heads import one_hot
@@ -80,14 +77,7 @@ class SequenceLearner(Algorithm):
 
     def core(self, params: Tensors, *args: Any) -> Any:
         """Calls the network that reads sequences."""
-        own = {k.removeprefix(_CORE + "."): v for k, v in params.items() if k.startswith(_CORE + ".")}
-        return functional_call(self.model.module.get_submodule(_CORE), own, args, strict=True)
-
-    def each(self, fn: Callable[..., Any], *tensors: Tensor) -> Any:
-        """``fn`` of every task, stacked: vectorised where the engine vectorises, one after the other elsewhere."""
-        if self.engine.strategy == "vectorised":
-            return vmap(fn)(*tensors)
-        return pytree.tree_map(lambda *values: torch.stack(values), *(fn(*task) for task in zip(*tensors, strict=True)))
+        return self.model.part(_CORE, params, *args)
 
 
 def instances(y: Tensor) -> Tensor:

@@ -72,11 +72,7 @@ class Engine:
             key: what stands for ``one`` from call to call, so that it is compiled once; None for ``one`` itself.
         """
         if self.strategy == "vectorised":
-            key = one if key is None else key
-            if self.compile and key not in self._compiled:
-                self._compiled[key] = CompiledFunction(functools.partial(_vectorised, one))
-            run = self._compiled[key] if self.compile else functools.partial(_vectorised, one)
-            return run(shared, tasks)
+            return self._program(functools.partial(_vectorised, one), one if key is None else key)(shared, tasks)
         total: Tensors | None = None
         extras = []
         for task in _unstacked(tasks):
@@ -106,27 +102,32 @@ class Engine:
                 return gradient, pytree.tree_map(lambda t: t[0], extra)
 
             return self.sum_tasks(alone, shared, tasks)
-        run = functools.partial(_together, many)
-        if self.compile:
-            return self._compiled.setdefault(key, CompiledFunction(run))(shared, tasks)
-        return run(shared, tasks)
+        return self._program(functools.partial(_together, many), key)(shared, tasks)
 
     def map_tasks(self, fn: Callable[[Examples, Examples], Any], batch: EpisodeBatch) -> Any:
         """``fn(support, query)`` of each task, its outputs stacked with a leading task dimension."""
-        return self.map(fn, batch.support, batch.query)
+        return self.map(lambda support, query: _detached(fn(support, query)), batch.support, batch.query)
 
     def map(self, fn: Callable[..., Any], *arguments: Any) -> Any:
-        """``fn`` of each member of ``arguments``' leading dimension, its outputs stacked and detached.
+        """``fn`` of each member of ``arguments``' leading dimension, its outputs stacked.
 
-        It may be called inside :meth:`sum_tasks`, for what there are several of in a task.
+        It may be called inside :meth:`sum_tasks` and :meth:`sum_batch`, and differentiated.
         """
         if self.strategy == "vectorised":
-            return _detached(vmap(fn)(*arguments))
+            return vmap(fn)(*arguments)
         results = []
         for members in _unstacked(arguments):
             with self._gradients():
-                results.append(_detached(fn(*members)))
+                results.append(fn(*members))
         return _stack(results)
+
+    def _program(self, fn: Callable[..., Any], key: Any) -> Callable[..., Any]:
+        """``fn``, or what it was compiled to when ``key`` first came."""
+        if not self.compile:
+            return fn
+        if key not in self._compiled:
+            self._compiled[key] = CompiledFunction(fn)
+        return self._compiled[key]
 
     def _gradients(self) -> contextlib.AbstractContextManager[None]:
         """How inner steps take their gradients: recorded by autograd in the loop, by torch.func elsewhere."""

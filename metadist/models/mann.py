@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from metadist.models.recurrent import lstm_update
+
 State = dict[str, Tensor]
 
 BLANK = 1e-6
@@ -112,10 +114,8 @@ class MANN(nn.Module):
             projected = projected + self.from_state(torch.cat([state[n] for n in names], -1))
         if self.controller == "feedforward":
             return {"hidden": torch.tanh(projected)}
-        gates, candidate = torch.sigmoid(projected[..., : 3 * self.size]), torch.tanh(projected[..., 3 * self.size :])
-        put_in, forget, put_out = gates.chunk(3, -1)
-        cell = forget * state["cell"] + put_in * candidate
-        return {"hidden": put_out * torch.tanh(cell), "cell": cell}
+        hidden, cell = lstm_update(projected, state["cell"])
+        return {"hidden": hidden, "cell": cell}
 
     def _access(self, hidden: Tensor, state: State) -> State:
         """Reads from the memory, then writes to it (section 3, equations 2 to 8).

@@ -35,6 +35,18 @@ class LSTMCell(nn.Module):
     def step(self, projected: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """The same from the input's projection ``from_input(x) [N, 4 * hidden]``, made for all steps at once."""
         h, c = state
-        i, f, g, o = (projected + self.from_state(h)).chunk(4, dim=-1)
-        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-        return torch.sigmoid(o) * torch.tanh(c), c
+        return lstm_update(projected + self.from_state(h), c)
+
+
+def lstm_update(sums: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+    """The next (hidden, cell) state ``[..., hidden]`` of an LSTM.
+
+    Args:
+        sums: of what comes in and of the state, ``[..., 4 * hidden]``: input, forget and output gate, candidate.
+        cell: the cell state before, ``[..., hidden]``.
+    """
+    size = cell.shape[-1]
+    gates, candidate = torch.sigmoid(sums[..., : 3 * size]), torch.tanh(sums[..., 3 * size :])
+    put_in, forget, put_out = gates.chunk(3, -1)
+    cell = forget * cell + put_in * candidate
+    return put_out * torch.tanh(cell), cell
