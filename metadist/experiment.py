@@ -130,7 +130,8 @@ class Experiment:
         wanted = self.config.engine.convolution
         if wanted != "auto":
             return wanted
-        return "columns" if engine.strategy == "vectorised" and torch.device(device).type == "cpu" else "direct"
+        # Uncompiled, what goes around the products costs more than they save.
+        return "columns" if engine.compile and torch.device(device).type == "cpu" else "direct"
 
     def _choose_strategy(self) -> tuple[Strategy, str]:
         learner = self.learner()

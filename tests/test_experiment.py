@@ -80,6 +80,20 @@ def test_the_batchnorm_mode_reaches_the_model(mode: str, rows: int | None) -> No
     assert (len(kept) == 8 and all(v.shape == (rows, 4) for v in kept.values())) if rows else not kept
 
 
+@pytest.mark.parametrize(
+    ("engine", "wanted"),
+    [
+        ({}, "direct"),
+        ({"compile": True}, "columns"),
+        ({"compile": True, "strategy": "loop"}, "direct"),
+        ({"compile": True, "convolution": "direct"}, "direct"),
+        ({"convolution": "columns"}, "columns"),
+    ],
+)
+def test_convolutions_are_products_where_they_are_compiled(engine: dict[str, Any], wanted: str) -> None:
+    assert experiment(engine=engine).learner().model.convolution == wanted
+
+
 def test_a_model_without_batchnorm_has_no_mode() -> None:
     made = experiment(tasks={"type": "sinusoid"}, model={"type": "mlp", "batchnorm": "inductive"})
     assert made.learner().model.batchnorm == "none"

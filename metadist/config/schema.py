@@ -156,8 +156,8 @@ class EngineConfig(Section):
     )
     convolution: Literal["auto", "direct", "columns"] = Field(
         "auto",
-        description="direct: torch's own; columns: products of matrices, for small pictures on a CPU where all tasks "
-        "are computed at once, which is what auto takes them for",
+        description="direct: torch's own; columns: products of matrices for small pictures, faster where the "
+        "meta-gradient is compiled for a CPU, which is what auto takes them for",
     )
     precision: Literal["float32", "float64"] = "float32"
 
