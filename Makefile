@@ -44,7 +44,7 @@ chaos: $(INSTALLED) ## the tests that inject faults into live runs
 	$(BIN)/python -m pytest -m chaos
 
 bench: ## list the benchmarks
-	@find tools/bench -name '*.py' ! -name '_*' 2>/dev/null | sort | sed 's|^|  $(BIN)/python |; s|$$| --quick|'
+	@find tools/bench -maxdepth 1 -name '*.py' ! -name '_*' 2>/dev/null | sort | sed 's|^|  $(BIN)/python |; s|$$| --quick|'
 
 clean: ## remove .venv and caches; runs and data stay
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

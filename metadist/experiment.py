@@ -17,6 +17,7 @@ from metadist.episode import Episode
 from metadist.errors import ConfigError
 from metadist.inner import Convolution, Engine, FunctionalModel, choose_strategy, compiler_missing
 from metadist.inner.engine import Strategy
+from metadist.inner.kernels import available as kernels_available
 from metadist.models import MLP, Conv4, Flatten
 from metadist.seeding import Rng
 from metadist.tasks.base import TaskSource
@@ -107,33 +108,37 @@ class Experiment:
             with _refusals("algorithm"):
                 module = algorithm.prepare(module, example)
         strategy = self.config.engine.strategy
-        engine = Engine("vectorised" if strategy == "auto" else strategy, self.config.engine.compile)
-        model = FunctionalModel(module, device, dtype, self.config.model.batchnorm, self._convolution(engine, device))
+        section = self.config.engine
+        engine = Engine("vectorised" if strategy == "auto" else strategy, section.compile, section.recompute)
+        model = FunctionalModel(
+            module, device, dtype, self.config.model.batchnorm, self._convolution(engine, device, dtype),
+            section.fused_norm is not False,
+        )  # fmt: skip
         objective = resolve_objective(algorithm.loss, example.query.y, algorithm.metric)
         with _refusals("algorithm"):
             return algorithm.bind(model, objective, engine)
 
     def resolved(self) -> tuple[Experiment, str]:
         """The same experiment with its engine decided, and the reason if it is not the one hoped for."""
-        compiled, reason = self.config.engine.compile, ""
-        if compiled and (reason := compiler_missing()):
-            compiled = False
-        strategy: str = self.config.engine.strategy
+        section, reason = self.config.engine, ""
+        strategy, compiled = section.strategy, section.compile
+        if compiled is True and (reason := compiler_missing()):
+            compiled = "trace"
         if strategy == "auto":
-            strategy, why = self._choose_strategy()
-            reason = why or reason
-        engine = self.config.engine.model_copy(update={"strategy": strategy, "compile": compiled})
+            strategy, traceable, why = self._choose_strategy(bool(compiled))
+            compiled, reason = compiled if traceable else False, why or reason
+        engine = section.model_copy(update={"strategy": strategy, "compile": compiled})
         return replace(self, config=self.config.model_copy(update={"engine": engine}), _sources=self._sources), reason
 
-    def _convolution(self, engine: Engine, device: torch.device | str) -> Convolution:
+    def _convolution(self, engine: Engine, device: torch.device | str, dtype: torch.dtype) -> Convolution:
         """How convolutions are computed: a rule over the strategy and the kind of device, never a timing."""
         wanted = self.config.engine.convolution
         if wanted != "auto":
             return wanted
-        # Uncompiled, what goes around the products costs more than they save.
-        return "columns" if engine.compile and torch.device(device).type == "cpu" else "direct"
+        # Neither traced nor compiled, what goes around the products costs more than they save.
+        return "winograd" if engine.compile and kernels_available(torch.device(device), dtype) else "direct"
 
-    def _choose_strategy(self) -> tuple[Strategy, str]:
+    def _choose_strategy(self, traced: bool) -> tuple[Strategy, bool, str]:
         learner = self.learner()
         batch = self.source(self.train_split).episodes(self.config.seed, "example", [0, 1])
         batch = batch.to("cpu", DTYPES[self.config.engine.precision])
@@ -143,7 +148,7 @@ class Experiment:
         def probe(engine: Engine) -> None:
             learner.bind(learner.model, learner.objective, engine).meta_gradient(params, batch)
 
-        return choose_strategy(learner.model, probe)
+        return choose_strategy(learner.model, probe, traced)
 
     def close(self) -> None:
         """Closes every source that was opened."""

@@ -83,14 +83,15 @@ def test_the_batchnorm_mode_reaches_the_model(mode: str, rows: int | None) -> No
 @pytest.mark.parametrize(
     ("engine", "wanted"),
     [
-        ({}, "direct"),
-        ({"compile": True}, "columns"),
+        ({}, "winograd"),
+        ({"compile": False}, "direct"),
+        ({"compile": True}, "winograd"),
         ({"compile": True, "strategy": "loop"}, "direct"),
         ({"compile": True, "convolution": "direct"}, "direct"),
         ({"convolution": "columns"}, "columns"),
     ],
 )
-def test_convolutions_are_products_where_they_are_compiled(engine: dict[str, Any], wanted: str) -> None:
+def test_convolutions_are_products_where_the_gradient_is_traced(engine: dict[str, Any], wanted: str) -> None:
     assert experiment(engine=engine).learner().model.convolution == wanted
 
 

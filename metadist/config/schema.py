@@ -149,15 +149,25 @@ class EngineConfig(Section):
         description="vectorised: all tasks of a microbatch at once; adjoint: one by one without a second-order "
         "graph; loop: plain automatic differentiation, for modules the others cannot take",
     )
-    compile: bool = Field(
-        False,
-        description="compile the vectorised meta-gradient (inductor); a minute or two at the start of each worker, "
-        "worth it for runs of ten minutes and more",
+    compile: bool | Literal["trace"] = Field(
+        "trace",
+        description="trace: derive the vectorised meta-gradient once and run its operators alone, some seconds at the "
+        "start of each worker; true: compile them as well (inductor), a minute or two, worth it in long runs of "
+        "networks of many small operators; false: neither",
     )
-    convolution: Literal["auto", "direct", "columns"] = Field(
+    recompute: bool = Field(
+        False,
+        description="in what is traced or compiled, compute each inner step again on the way back: slower, with the "
+        "memory of one step in place of all",
+    )
+    convolution: Literal["auto", "direct", "columns", "winograd"] = Field(
         "auto",
-        description="direct: torch's own; columns: products of matrices for small pictures, faster where the "
-        "meta-gradient is compiled for a CPU, which is what auto takes them for",
+        description="direct: torch's own; columns: products of matrices for small pictures; winograd: 3x3 convolutions "
+        "of stride 1 with a quarter of the products, and columns for others; auto: winograd where the meta-gradient is "
+        "traced or compiled for a CPU, direct elsewhere",
+    )
+    fused_norm: bool | Literal["auto"] = Field(
+        "auto", description="BatchNorm with the ReLU and max pooling after it as one operator, where it can be built"
     )
     precision: Literal["float32", "float64"] = "float32"
 

@@ -4,30 +4,55 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from functools import lru_cache
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from metadist.data.planes import empty_images
 from metadist.errors import DataError
 
 MAX_PIXELS = 1 << 26
 MAX_JSON_BYTES = 1 << 26
 IMAGE_FORMATS = ("PNG", "JPEG")
+_NPY_1 = b"\x93NUMPY\x01\x00"
 
 
 def npy(data: bytes, where: str) -> NDArray[Any]:
-    """An array of plain numbers from the bytes of an ``.npy`` file.
+    """An array of plain numbers from the bytes of an ``.npy`` file; it shares their memory and cannot be altered.
 
     Raises:
         DataError: if it is not one, or holds Python objects.
     """
     try:
-        return np.asarray(np.lib.format.read_array(io.BytesIO(data), allow_pickle=False))
-    except (ValueError, EOFError, SyntaxError, TypeError) as e:
+        if data[:8] != _NPY_1:
+            return np.asarray(np.lib.format.read_array(io.BytesIO(data), allow_pickle=False))
+        start = 10 + int.from_bytes(data[8:10], "little")
+        shape, order, dtype = _npy_header(data[:start])
+        if dtype.hasobject:
+            raise ValueError("Object arrays cannot be loaded")
+        return np.frombuffer(data, dtype, math.prod(shape), start).reshape(shape, order=order)
+    except Exception as e:  # NumPy's reader of headers raises ValueError, EOFError, tokenize.TokenError and more
         raise DataError(where, f"is not a plain .npy array ({e})", "pack the set again") from None
+
+
+@lru_cache(maxsize=256)
+def _npy_header(head: bytes) -> tuple[tuple[int, ...], Literal["C", "F"], np.dtype[Any]]:
+    """Shape, order and type of elements. The blocks of a set have few headers, and NumPy compiles each it reads.
+
+    Raises:
+        ValueError: if it is none, or a dimension is negative.
+    """
+    file = io.BytesIO(head)
+    np.lib.format.read_magic(file)
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    if any(d < 0 for d in shape):
+        raise ValueError(f"shape {shape}")
+    return shape, "F" if fortran else "C", dtype
 
 
 def json_object(data: bytes, where: str) -> dict[str, Any]:
@@ -101,8 +126,8 @@ def cut(data: bytes, offsets: Any, n: int, where: str) -> list[bytes]:
 
 
 def examples(encoding: str, parts: Sequence[bytes], shape: Sequence[int], where: str) -> NDArray[np.uint8]:
-    """Images of a ``.x.bin`` block as one array, uint8 ``[n, *shape]``."""
-    out = np.empty((len(parts), *shape), dtype=np.uint8)
+    """Images of a ``.x.bin`` block as one array, uint8 ``[n, *shape]``, colours plane by plane in memory."""
+    out = empty_images(len(parts), tuple(shape))
     mode = "L" if len(shape) == 2 else "RGB"
     for i, part in enumerate(parts):
         pixels = np.asarray(image(part, f"{where}[{i}]", mode=mode, formats=(encoding.upper(),)))

@@ -19,10 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from metadist.errors import DataError
-from metadist.seeding import Rng
+from metadist.seeding import Rng, stream_id
 
 Ints = NDArray[np.int64]
 Words = NDArray[np.uint64]
+# Philox-4x64 as Rng uses it: a value of its 256-bit counter gives four words, and episodes are 2**128 values apart.
+_WORDS_A_COUNT, _EPISODE_BIT, _COUNTERS = 4, 128, 1 << 256
 
 
 @dataclass(frozen=True)
@@ -90,12 +92,31 @@ class Sampler(Protocol):
     def incoming(self, seed: int, stream: str, number: int, last: int | None) -> list[int]:
         """Blocks that an iterator must bring in for episode ``number``, having served ``last`` before."""
 
+    def arrivals(self, seed: int, stream: str, numbers: Sequence[int], last: int | None, rows: Ints) -> list[list[int]]:
+        """What :meth:`incoming` says of each of ``numbers``, one after the other, given the ``rows`` drawn for them."""
+
 
 def words_of(seed: int, stream: str, numbers: Sequence[int], count: int) -> Words:
-    """The first ``count`` words of each episode's generator, uint64 ``[T, count]``."""
+    """The first ``count`` words of each episode's generator, ``Rng(seed, stream, number)``, uint64 ``[T, count]``."""
     words = np.empty((len(numbers), count), dtype=np.uint64)
+    if not len(numbers):
+        return words
+    Rng(seed, stream, min(numbers)), Rng(seed, stream, max(numbers))  # refuses a number out of bounds
+    # One generator moved on from number to number, which costs a third of making one for each.
+    bits = np.random.Philox(key=np.array([seed, stream_id(stream)], dtype=np.uint64))
+    at, used = 0, -(-count // _WORDS_A_COUNT)
     for row, number in enumerate(numbers):
-        words[row] = Rng(seed, stream, number).raw(count)
+        first = int(number) << _EPISODE_BIT
+        bits.advance((first - at) % _COUNTERS)
+        words[row], at = bits.random_raw(count), first + used
+    return words
+
+
+@lru_cache(maxsize=8)
+def first_words(seed: int, stream: str, count: int) -> Words:
+    """The first ``count`` words of number 0, kept for the next caller; do not alter it."""
+    words = words_of(seed, stream, [0], count)[0]
+    words.flags.writeable = False
     return words
 
 
@@ -209,9 +230,12 @@ class UniformSampler(_Base):
 
     def incoming(self, seed: int, stream: str, number: int, last: int | None) -> list[int]:
         """The blocks that hold the episode's examples, each once, in the order of their first use."""
-        rows = self.draw(seed, stream, [number]).rows.ravel()
-        blocks = np.searchsorted(self.pool.block_rows, rows, side="right") - 1
-        return list(dict.fromkeys(blocks.tolist()))
+        return self.arrivals(seed, stream, [number], last, self.draw(seed, stream, [number]).rows)[0]
+
+    def arrivals(self, seed: int, stream: str, numbers: Sequence[int], last: int | None, rows: Ints) -> list[list[int]]:
+        """See :meth:`Sampler.arrivals`."""
+        blocks = np.searchsorted(self.pool.block_rows, rows.reshape(len(numbers), -1), side="right") - 1
+        return [list(dict.fromkeys(of_episode)) for of_episode in blocks.tolist()]
 
 
 class WindowSampler(_Base):
@@ -271,40 +295,64 @@ class WindowSampler(_Base):
         n = len(self.pool)
         passes, places = np.divmod(slots, n)
         classes = np.empty_like(slots)
-        for p in range(int(passes.min()), int(passes.max()) + 1):
+        for p in np.unique(passes).tolist():
             here = passes == p
             classes[here] = permutation(seed, f"{stream}/window", p, n)[places[here]]
         many = self.pool.blocks[classes]
-        offsets = words_of(seed, f"{stream}/window/blocks", [0], n)[0][classes] % many.astype(np.uint64)
+        offsets = first_words(seed, f"{stream}/window/blocks", n)[classes] % many.astype(np.uint64)
         return classes, self.pool.first_block[classes] + (offsets.astype(np.int64) + passes) % many
 
     def draw(self, seed: int, stream: str, numbers: Sequence[int], words: Words | None = None) -> Draws:
         """See :meth:`Sampler.draw`."""
         words = self._words(seed, stream, numbers, words)
-        starts = np.array([self.start(e) for e in numbers], dtype=np.int64)
-        classes, blocks = self.slots(seed, stream, starts[:, None] + np.arange(self.window))
-        places, distinct = self._distinct(starts, classes)
-        chosen = np.take_along_axis(places, choices(words[:, : self.ways], distinct), axis=1)
-        classes, blocks = (np.take_along_axis(a, chosen, axis=1) for a in (classes, blocks))
+        starts = self._starts(numbers)
+        chosen = self._places(seed, stream, starts, words[:, : self.ways])
+        classes, blocks = self.slots(seed, stream, starts[:, None] + chosen)
         first = self.pool.block_rows[blocks]
         held = (self.pool.block_rows[blocks + 1] - first).ravel()
         picked = choices(self._example_words(words), held).reshape(*classes.shape, self.per_class)
         return Draws(classes, first[..., None] + picked, self._turns(classes, words))
 
-    def _distinct(self, starts: Ints, classes: Ints) -> tuple[Ints, Ints]:
-        """Places in each window whose class does not come again later, in order, and how many there are."""
-        places = np.broadcast_to(np.arange(self.window), classes.shape).copy()
-        counts = np.full(len(starts), self.window, dtype=np.int64)
-        for row in np.flatnonzero(starts % len(self.pool) + self.window > len(self.pool)):
-            _, from_end = np.unique(classes[row, ::-1], return_index=True)
-            kept = np.sort(self.window - 1 - from_end)
-            places[row, : len(kept)], counts[row] = kept, len(kept)
-        return places, counts
+    def _starts(self, numbers: Sequence[int]) -> Ints:
+        return np.array([self.start(int(e)) for e in numbers], dtype=np.int64)
+
+    def _places(self, seed: int, stream: str, starts: Ints, words: Words) -> Ints:
+        """Places of distinct classes in the windows that begin at ``starts``, int64 ``[T, ways]``.
+
+        A window within one pass holds each class once, so any place will do; only where passes meet is the window
+        looked at slot by slot.
+        """
+        n = len(self.pool)
+        meets = starts % n + self.window > n
+        begins, which = np.unique(starts[meets], return_inverse=True)
+        newest = [self._newest(seed, stream, int(start)) for start in begins]
+        distinct = np.full(len(starts), self.window, dtype=np.int64)
+        distinct[meets] = np.array([len(places) for places in newest], dtype=np.int64)[which]
+        chosen = choices(words, distinct)
+        for row, i in zip(np.flatnonzero(meets), which, strict=True):
+            chosen[row] = newest[i][chosen[row]]
+        return chosen
+
+    def _newest(self, seed: int, stream: str, start: int) -> Ints:
+        """Places in one window whose class does not come again later, ascending."""
+        classes, _ = self.slots(seed, stream, np.arange(start, start + self.window))
+        _, from_end = np.unique(classes[::-1], return_index=True)
+        return np.sort(self.window - 1 - from_end)
 
     def incoming(self, seed: int, stream: str, number: int, last: int | None) -> list[int]:
         """Blocks of the slots that enter the window between episodes ``last`` and ``number``, in slot order."""
-        stop = self.start(number) + self.window
-        start = self.start(number) if last is None else max(self.start(last) + self.window, self.start(number))
-        if start >= stop:
-            return []
-        return [int(b) for b in self.slots(seed, stream, np.arange(start, stop))[1]]
+        return self.arrivals(seed, stream, [number], last, np.empty(0, dtype=np.int64))[0]
+
+    def arrivals(self, seed: int, stream: str, numbers: Sequence[int], last: int | None, rows: Ints) -> list[list[int]]:
+        """See :meth:`Sampler.arrivals`; the window does not depend on ``rows``."""
+        starts = self._starts(numbers)
+        stops = starts + self.window
+        seen = starts[:1] if last is None else self._starts([last]) + self.window
+        begins = np.maximum(np.concatenate([seen, stops[:-1]]), starts)
+        counts = np.maximum(stops - begins, 0)
+        slots = np.concatenate([np.arange(a, a + k) for a, k in zip(begins, counts, strict=True)])
+        if not len(slots):
+            return [[] for _ in numbers]
+        blocks = self.slots(seed, stream, slots)[1].tolist()
+        ends = np.cumsum(counts).tolist()
+        return [blocks[z - k : z] for z, k in zip(ends, counts.tolist(), strict=True)]

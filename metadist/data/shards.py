@@ -27,11 +27,13 @@ from numpy.typing import NDArray
 
 from metadist.data import decode
 from metadist.data.manifest import INDEX, Manifest, ShardFile, load_manifest
+from metadist.data.planes import empty_images, planes
 from metadist.data.samplers import ClassPool, Ints
 from metadist.errors import DataError
 
 _INDEX_COLUMNS = ("class", "block", "n", "shard", "offset", "size", "crc32", "json_offset", "json_size", "json_crc32")
 _AGAIN = "pack or copy the set again"
+_NOT_SENT = ("_paths", "_files", "_cache", "_cached", "_lock")
 
 
 @dataclass(frozen=True)
@@ -111,12 +113,13 @@ class ShardSet:
         self.path, self.cache_bytes = Path(path), cache_bytes
         self.manifest = load_manifest(self.path)
         self.index = read_index(self.path / INDEX, self.manifest)
-        for shard in self.manifest.shards:
-            check_size(self.path / shard.name, shard)
         self.rows = self.index.rows
         self._reset()
+        for file, shard in zip(self._paths, self.manifest.shards, strict=True):
+            check_size(file, shard)
 
     def _reset(self) -> None:
+        self._paths = [self.path / shard.name for shard in self.manifest.shards]
         self._files: dict[int, int] = {}
         self._cache: OrderedDict[int, NDArray[np.uint8]] = OrderedDict()
         self._cached = 0
@@ -124,7 +127,7 @@ class ShardSet:
 
     def __getstate__(self) -> dict[str, Any]:
         """Open files and cached blocks stay behind when a set is sent to another process."""
-        return {k: v for k, v in self.__dict__.items() if k not in ("_files", "_cache", "_cached", "_lock")}
+        return {k: v for k, v in self.__dict__.items() if k not in _NOT_SENT}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -132,21 +135,20 @@ class ShardSet:
 
     def where(self, b: int) -> str:
         """File and member of block ``b``, for messages."""
-        shard = self.manifest.shards[int(self.index["shard"][b])].name
-        return f"{self.path / shard}:{self.index.key(b)}.{self.manifest.field.member}"
+        path = self._paths[int(self.index["shard"][b])]
+        return f"{path}:{self.index.key(b)}.{self.manifest.field.member}"
 
     def _read(self, b: int, prefix: str) -> bytes:
         offset, size, crc = (int(self.index[prefix + column][b]) for column in ("offset", "size", "crc32"))
         shard = int(self.index["shard"][b])
-        path = self.path / self.manifest.shards[shard].name
         try:
             with self._lock:
                 if shard not in self._files:
-                    self._files[shard] = os.open(path, os.O_RDONLY)
+                    self._files[shard] = os.open(self._paths[shard], os.O_RDONLY)
                 file = self._files[shard]
             data = os.pread(file, size, offset)
         except OSError as e:
-            raise DataError(path, f"cannot be read ({e.strerror})", _AGAIN) from None
+            raise DataError(self._paths[shard], f"cannot be read ({e.strerror})", _AGAIN) from None
         if len(data) != size:
             raise DataError(self.where(b), f"is cut: {len(data)} bytes of {size} at byte {offset}", _AGAIN)
         if zlib.crc32(data) != crc:
@@ -168,7 +170,9 @@ class ShardSet:
         return decode.cut(data, offsets, int(self.index["n"][b]), self.where(b))
 
     def decode(self, b: int, head: bytes | None, payload: bytes) -> NDArray[np.uint8]:
-        """The examples of an image block, uint8 ``[n, *shape]``, from its checked bytes.
+        """The examples of an image block, uint8 ``[n, *shape]``, from its checked bytes; do not alter it.
+
+        Colours come plane by plane in memory (:mod:`metadist.data.planes`), as they will be used.
 
         Raises:
             DataError: if they are not what the manifest says.
@@ -183,7 +187,11 @@ class ShardSet:
         if array.dtype != np.uint8 or array.shape != (n, *kept.shape):
             wanted = f"uint8 {[n, *kept.shape]}"
             raise DataError(where, f"holds {array.dtype} {list(array.shape)}, but the index says {wanted}", _AGAIN)
-        return array
+        if array.ndim < 4:
+            return array
+        out = empty_images(n, kept.shape)
+        planes(out)[:] = planes(array)
+        return out
 
     def read(self, b: int) -> NDArray[np.uint8]:
         """Block ``b`` from the disk, checked and decoded, uint8 ``[n, *shape]``."""
@@ -192,11 +200,19 @@ class ShardSet:
 
     def block(self, b: int) -> NDArray[np.uint8]:
         """As :meth:`read`, but kept for the next to ask; do not alter it."""
+        array = self.kept(b)
+        return self.keep(b, self.read(b)) if array is None else array
+
+    def kept(self, b: int) -> NDArray[np.uint8] | None:
+        """Block ``b`` if it was read before and kept."""
         with self._lock:
-            if b in self._cache:
-                self._cache.move_to_end(b)
-                return self._cache[b]
-        array = self.read(b)
+            if b not in self._cache:
+                return None
+            self._cache.move_to_end(b)
+            return self._cache[b]
+
+    def keep(self, b: int, array: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Keeps a block that was read, and lets go of those that were asked for longest ago beyond ``cache_bytes``."""
         with self._lock:
             if b not in self._cache:
                 self._cache[b] = array
@@ -208,12 +224,15 @@ class ShardSet:
     def gather(self, rows: Ints) -> NDArray[np.uint8]:
         """Examples by their rows, uint8 ``[R, *shape]``; each block is read once."""
         blocks = np.searchsorted(self.rows, rows, side="right") - 1
-        out = np.empty((len(rows), *self.manifest.field.shape), dtype=np.uint8)
+        out = empty_images(len(rows), self.manifest.field.shape)
         order = np.argsort(blocks, kind="stable")
-        edges = np.flatnonzero(np.diff(blocks[order], prepend=-1, append=len(self.index)))
+        edges = np.flatnonzero(np.diff(blocks[order], prepend=-1, append=len(self.index))).tolist()
+        places, within = order.tolist(), (rows - self.rows[blocks])[order].tolist()
+        to = planes(out)
         for a, z in zip(edges[:-1], edges[1:], strict=True):
-            b = int(blocks[order[a]])
-            out[order[a:z]] = self.block(b)[rows[order[a:z]] - self.rows[b]]
+            block = planes(self.block(int(blocks[places[a]])))
+            for place, i in zip(places[a:z], within[a:z], strict=True):
+                to[place] = block[i]
         return out
 
     def classes_of(self, split: str) -> Ints:

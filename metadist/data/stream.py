@@ -1,7 +1,7 @@
 """Episodes as a WebDataset pipeline that can start anywhere.
 
-The source reads class blocks by the index, in the order in which episodes will need them, each checked; two more
-stages decode them and put episodes together. The rest is the reader's own::
+A sample of the pipeline is an episode. The source draws it and reads the class blocks it brings in, each checked;
+two more stages decode them and put the episode together. The rest is the reader's own::
 
     stream = EpisodeStream(ShardSet(path), UniformSampler(pool, 5, 2), shots=1, seed=0)
     for episode in stream.seek(100_000).map(augment).prefetch(8):
@@ -14,19 +14,42 @@ import copy
 import weakref
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from typing import Any
+from itertools import count
+from typing import Any, NamedTuple
 
 import numpy as np
 import webdataset
+from numpy.typing import NDArray
 from torch.utils.data import get_worker_info
 
 from metadist.data.assemble import assemble
+from metadist.data.planes import empty_images, planes
 from metadist.data.prefetch import Prefetch
-from metadist.data.samplers import Draws, Sampler
+from metadist.data.samplers import Ints, Sampler
 from metadist.data.shards import ShardSet
 from metadist.episode import Episode
 
 Sample = dict[str, Any]
+DRAWN_TOGETHER = 64
+
+
+class Step(NamedTuple):
+    """One episode as it is drawn, before anything is read.
+
+    Args:
+        number: the episode's.
+        incoming: blocks to bring in for it, in the order of use.
+        blocks, within: block of each example, and its place in there, both ``ways * per_class`` long, class by class.
+        turns: quarter turns of each class, int64 ``[ways]``.
+        info: what the episode tells of itself.
+    """
+
+    number: int
+    incoming: list[int]
+    blocks: list[int]
+    within: list[int]
+    turns: Ints
+    info: Sample
 
 
 class Plan:
@@ -36,42 +59,66 @@ class Plan:
         self.shards, self.sampler, self.shots = shards, sampler, shots
         self.seed, self.stream, self.start = seed, stream, start
 
-    def steps(self) -> Iterator[tuple[int, list[int]]]:
-        """Numbers of episodes without end, each with the blocks to bring in for it.
+    @property
+    def window(self) -> int | None:
+        """Slots of the sampler's window, if it has one."""
+        return getattr(self.sampler, "window", None)
+
+    def steps(self) -> Iterator[Step]:
+        """Episodes without end, drawn many at a time; nothing is read for one before it is asked for.
 
         Under a DataLoader with k workers, worker i serves every k-th episode from the i-th, so that the
         loader's turn-taking gives them back in order. RANK and WORLD_SIZE are nobody's business here.
         """
         worker = get_worker_info()
-        number, stride = self.start, 1
-        if worker is not None:
-            number, stride = number + worker.id, worker.num_workers
+        first, stride = (self.start, 1) if worker is None else (self.start + worker.id, worker.num_workers)
         last: int | None = None
-        while True:
-            yield number, self.sampler.incoming(self.seed, self.stream, number, last)
-            last, number = number, number + stride
+        for begin in count(first, DRAWN_TOGETHER * stride):
+            numbers = range(begin, begin + DRAWN_TOGETHER * stride, stride)
+            yield from self._drawn(numbers, last)
+            last = numbers[-1]
+
+    def _drawn(self, numbers: range, last: int | None) -> list[Step]:
+        draws = self.sampler.draw(self.seed, self.stream, numbers)
+        rows = draws.rows.reshape(len(numbers), -1)
+        blocks = np.searchsorted(self.shards.rows, rows, side="right") - 1
+        columns = (
+            numbers,
+            self.sampler.arrivals(self.seed, self.stream, numbers, last, draws.rows),
+            blocks.tolist(),
+            (rows - self.shards.rows[blocks]).tolist(),
+            draws.turns,
+            self._infos(numbers, draws.classes, draws.turns),
+        )
+        return [Step(*of_episode) for of_episode in zip(*columns, strict=True)]
+
+    def _infos(self, numbers: range, classes: Ints, turns: Ints) -> list[Sample]:
+        names = self.sampler.pool.names
+        return [
+            {"episode": e, "classes": [names[c] for c in of_episode], "turns": degrees}
+            for e, of_episode, degrees in zip(numbers, classes.tolist(), (90 * turns).tolist(), strict=True)
+        ]
 
 
 class BlockSource(webdataset.pipeline.PipelineStage):
-    """Source stage: class blocks as WebDataset samples (bytes by extension), read by seeks and checked."""
+    """Source stage: the bytes of the class blocks that each episode brings in, read by seeks and checked."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
 
     def run(self) -> Iterator[Sample]:
-        """Yields ``{"__key__", "__url__", "__block__", "json", "x.npy" or "x.bin"}`` in the order of use."""
-        shards = self.plan.shards
-        for _, blocks in self.plan.steps():
-            for b in blocks:
-                head, payload = shards.raw(b)
-                name = shards.manifest.shards[int(shards.index["shard"][b])].name
-                yield {
-                    "__key__": shards.index.key(b),
-                    "__url__": name,
-                    "__block__": b,
-                    "json": head,
-                    shards.manifest.field.member: payload,
-                }
+        """Yields ``{"__key__", "__url__", "step", "raw", "blocks"}`` an episode.
+
+        ``raw`` has (number, json, payload) of each of ``step.incoming``. Without a window, those that the shard set
+        kept from before (see its ``cache_bytes``) are not read again: they are pairs (number, array) in ``blocks``.
+        """
+        plan, shards, url = self.plan, self.plan.shards, str(self.plan.shards.path)
+        for step in plan.steps():
+            blocks = [] if plan.window else [(b, x) for b in step.incoming if (x := shards.kept(b)) is not None]
+            here = {b for b, _ in blocks}
+            raw = deque((b, *shards.raw(b)) for b in step.incoming if b not in here)
+            key = f"{plan.stream}-{step.number:09d}"
+            yield {"__key__": key, "__url__": url, "step": step, "raw": raw, "blocks": blocks}
 
 
 class Decode(webdataset.pipeline.PipelineStage):
@@ -81,58 +128,51 @@ class Decode(webdataset.pipeline.PipelineStage):
         self.plan = plan
 
     def run(self, samples: Iterable[Sample]) -> Iterator[Sample]:
-        """Adds ``"x"``, uint8 ``[n, *shape]``, to each block."""
+        """Adds to ``blocks`` a pair of each of ``raw``: its number and uint8 ``[n, *shape]``."""
         shards = self.plan.shards
+        keep = (lambda _, x: x) if self.plan.window else shards.keep
         for s in samples:
-            yield {**s, "x": shards.decode(s["__block__"], s["json"], s[shards.manifest.field.member])}
+            raw = s.pop("raw")
+            while raw:  # a first window may be large: its bytes are let go of one block after another
+                b, head, payload = raw.popleft()
+                s["blocks"].append((b, keep(b, shards.decode(b, head, payload))))
+            yield s
 
 
 class Slots(webdataset.pipeline.PipelineStage):
-    """Stage: blocks to episodes. It holds the blocks of the window (or of the episode) and no more."""
+    """Stage: blocks to episodes. Between episodes it holds the blocks of the window (or of one episode) and no more."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
 
     def run(self, samples: Iterable[Sample]) -> Iterator[Episode]:
         """Yields an :class:`Episode` of each number, ``info`` with its number, classes and turns in degrees."""
-        plan, arrived = self.plan, iter(samples)
-        window = getattr(plan.sampler, "window", None)
-        held: deque[int] = deque()
+        window = self.plan.window
+        slots: deque[int] = deque()
         uses: Counter[int] = Counter()
-        blocks: dict[int, Any] = {}
-        for number, incoming in plan.steps():
+        held: dict[int, NDArray[np.uint8]] = {}
+        for s in samples:
             if window is None:
-                held.clear()
-                uses.clear()
-                blocks.clear()
-            for _ in incoming:
-                sample = next(arrived)
-                b = sample["__block__"]
-                held.append(b)
-                uses[b] += 1
-                blocks[b] = sample["x"]
-                while window is not None and len(held) > window:
-                    old = held.popleft()
+                held = dict(s["blocks"])
+            else:
+                for b, block in s["blocks"]:
+                    slots.append(b)
+                    uses[b] += 1
+                    held[b] = block
+                while len(slots) > window:
+                    old = slots.popleft()
                     uses[old] -= 1
                     if not uses[old]:
-                        del uses[old], blocks[old]
-            yield self._episode(number, plan.sampler.draw(plan.seed, plan.stream, [number]), blocks)
+                        del uses[old], held[old]
+            yield self._episode(s["step"], held)
 
-    def _episode(self, number: int, draw: Draws, blocks: dict[int, Any]) -> Episode:
-        plan, rows = self.plan, draw.rows[0]
-        owners = np.searchsorted(plan.shards.rows, rows, side="right") - 1
-        images = np.empty((1, *rows.shape, *plan.shards.manifest.field.shape), dtype=np.uint8)
-        for place in np.ndindex(rows.shape):
-            b = int(owners[place])
-            images[(0, *place)] = blocks[b][rows[place] - plan.shards.rows[b]]
-        support, query = assemble(images, draw.turns, plan.shots)
-        names = plan.sampler.pool.names
-        info = {
-            "episode": number,
-            "classes": [names[c] for c in draw.classes[0]],
-            "turns": [90 * int(q) for q in draw.turns[0]],
-        }
-        return Episode((support.x[0], support.y[0]), (query.x[0], query.y[0]), info)  # type: ignore[arg-type]
+    def _episode(self, step: Step, held: dict[int, NDArray[np.uint8]]) -> Episode:
+        images = empty_images(len(step.blocks), self.plan.shards.manifest.field.shape)
+        to, by_block = planes(images), {b: planes(held[b]) for b in set(step.blocks)}
+        for place, (b, i) in enumerate(zip(step.blocks, step.within, strict=True)):
+            to[place] = by_block[b][i]
+        support, query = assemble(images, step.turns, self.plan.shots)
+        return Episode(support, query, step.info)
 
 
 class Ahead(webdataset.pipeline.PipelineStage):

@@ -2,13 +2,15 @@
 
 from metadist.inner.adjoint import InnerProblem
 from metadist.inner.batchnorm import BatchNormMode
-from metadist.inner.compiled import compiler_missing
 from metadist.inner.engine import Engine, choose_strategy
-from metadist.inner.functional import Convolution, FunctionalModel, Tensors
+from metadist.inner.functional import FunctionalModel, Tensors
 from metadist.inner.gradients import curvature, gradients
+from metadist.inner.kernels import Convolution
+from metadist.inner.program import Compile, compiler_missing
 
 __all__ = [
     "BatchNormMode",
+    "Compile",
     "Convolution",
     "Engine",
     "FunctionalModel",

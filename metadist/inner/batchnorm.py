@@ -16,11 +16,16 @@ evaluation (Bronskill et al. 2020, "TaskNorm", for a comparison):
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from metadist.inner.kernels import norm as norm_kernel
+from metadist.inner.kernels import patches
+from metadist.inner.kernels.norm import norm_relu_pool
+from metadist.inner.kernels.patches import Windows, first_block, tracked
 
 BatchNormMode = Literal["transductive", "inductive", "running"]
 
@@ -59,8 +64,11 @@ class EpisodeNorm(nn.Module):
     def __init__(self, norm: nn.modules.batchnorm._BatchNorm, name: str, running: bool) -> None:
         super().__init__()
         self.name, self.eps, self.channels = name, norm.eps, norm.num_features
+        self.two_dimensional = isinstance(norm, nn.BatchNorm2d)
         self.momentum = 0.1 if norm.momentum is None else norm.momentum
         self.weight, self.bias = norm.weight, norm.bias
+        self.pool = 0
+        """What follows is done here as well: ReLU alone (1), ReLU and 2x2 max pooling (2), nothing (0)."""
         if running:
             self.register_buffer("running_mean", torch.zeros(1, self.channels))
             self.register_buffer("running_var", torch.ones(1, self.channels))
@@ -69,25 +77,91 @@ class EpisodeNorm(nn.Module):
     running_mean: Tensor
     running_var: Tensor
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Deferred) -> Tensor:
+        if not self.pool:
+            assert isinstance(x, Tensor)
+            return self._normalised(x)
+        now = self.now
+        weight, bias = _row(self.weight, now.step), _row(self.bias, now.step)
+        if isinstance(x, Deferred) and not self.of_others and not tracked(x.inputs):
+            assert weight is not None and bias is not None, "only a norm with both is fused"
+            return self._first_block(x, weight, bias)
+        x = x.outputs() if isinstance(x, Deferred) else x
+        if self.of_others:
+            y = torch.relu(self._normalised(x))
+            return F.max_pool2d(y, 2) if self.pool == 2 else y
+        self._note(x)
+        assert weight is not None and bias is not None, "only a norm with both is fused"
+        return norm_relu_pool(x, weight, bias, self.eps, self.pool)
+
+    @property
+    def of_others(self) -> bool:
+        """Whether other statistics than those of all examples at hand normalise them now."""
+        return bool(self.now.stored or self.now.reference)
+
+    def _first_block(self, x: Deferred, weight: Tensor, bias: Tensor) -> Tensor:
+        conv = x.conv
+        windows = Windows(*conv.kernel_size, *conv.stride, *conv.padding, self.pool)  # type: ignore
+        y, mean, var = first_block(x.inputs, conv.weight, weight, bias, self.eps, windows)
+        if self.now.seen is not None:
+            rows, columns = windows.outputs(*x.inputs.shape[-2:])
+            n = len(x.inputs) * rows * columns
+            shift = 0 if conv.bias is None else conv.bias.detach()
+            self.now.seen[self.name + MEAN] = mean.detach() + shift
+            self.now.seen[self.name + VAR] = var.detach() * (n / max(1, n - 1))
+        return y
+
+    def _normalised(self, x: Tensor) -> Tensor:
         now = self.now
         weight, bias = _row(self.weight, now.step), _row(self.bias, now.step)
         if now.stored:
             # Statistics are observed, not learned: an inner loop over all meta-parameters finds no slope here.
             mean, var = (_row(s.detach(), now.step) for s in (self.running_mean, self.running_var))
             return F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
-        others = [0, *range(2, x.dim())]
-        if now.seen is not None:
-            var, mean = torch.var_mean(x.detach(), others)
-            now.seen[self.name + MEAN], now.seen[self.name + VAR] = mean, var
+        self._note(x)
         if not now.reference:
             return F.batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)
-        var, mean = torch.var_mean(x[: now.reference], others, correction=0, keepdim=True)
+        var, mean = torch.var_mean(x[: now.reference], _all_but_channels(x), correction=0, keepdim=True)
         x = (x - mean) * torch.rsqrt(var + self.eps)
         if weight is None or bias is None:
             return x
         along = [1, -1] + [1] * (x.dim() - 2)
         return x * weight.view(along) + bias.view(along)
+
+    def _note(self, x: Tensor) -> None:
+        """Leaves the batch's statistics where they are collected, if they are."""
+        if self.now.seen is not None:
+            var, mean = torch.var_mean(x.detach(), _all_but_channels(x))
+            self.now.seen[self.name + MEAN], self.now.seen[self.name + VAR] = mean, var
+
+
+class DeferredConv(nn.Module):
+    """Stands in for a convolution before a BatchNorm that computes both together; has its parameters."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.weight, self.bias = conv.weight, conv.bias
+        self.kernel_size, self.stride, self.padding = conv.kernel_size, conv.stride, conv.padding
+
+    def forward(self, x: Tensor) -> Deferred:
+        return Deferred(x, self)
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """A convolution's inputs on their way to the BatchNorm after it."""
+
+    inputs: Tensor
+    conv: DeferredConv
+
+    def outputs(self) -> Tensor:
+        """What the convolution alone makes of them."""
+        conv = self.conv
+        return F.conv2d(self.inputs, conv.weight, conv.bias, conv.stride, conv.padding)
+
+
+def _all_but_channels(x: Tensor) -> list[int]:
+    return [0, *range(2, x.dim())]
 
 
 def adopt_batchnorm(module: nn.Module, mode: BatchNormMode) -> list[EpisodeNorm]:
@@ -102,6 +176,68 @@ def adopt_batchnorm(module: nn.Module, mode: BatchNormMode) -> list[EpisodeNorm]
             setattr(module.get_submodule(parent), last, norm)
             found.append(norm)
     return found
+
+
+def fuse_norms(module: nn.Module, device: torch.device) -> None:
+    """Joins BatchNorm, ReLU and 2x2 max pooling that follow each other in an ``nn.Sequential`` below ``module``.
+
+    A convolution of few numbers before them joins in. All in place, after :func:`adopt_batchnorm` and with the
+    parameters where they will be; their names stay as they are.
+    """
+    for parent in list(module.modules()):
+        if type(parent).forward is not nn.Sequential.forward:
+            continue
+        children: list[tuple[str, Any]] = [("", None), *parent.named_children(), ("", None), ("", None)]
+        for (conv_name, conv), (_, norm), (relu_name, relu), (pool_name, pool) in zip(
+            children, children[1:], children[2:], children[3:], strict=False
+        ):
+            if not (_fusible(norm, device) and type(relu) is nn.ReLU and not _watched(relu)):
+                continue
+            pools = isinstance(pool, nn.MaxPool2d) and _halves(pool) and not _watched(pool)
+            norm.pool = 2 if pools else 1
+            setattr(parent, relu_name, nn.Identity())
+            if pools:
+                setattr(parent, pool_name, nn.Identity())
+            if _few_numbers(conv, device) and not _watched(conv):
+                setattr(parent, conv_name, DeferredConv(conv))
+
+
+def _fusible(norm: Any, device: torch.device) -> bool:
+    return (
+        isinstance(norm, EpisodeNorm)
+        and norm.two_dimensional
+        and norm.weight is not None
+        and norm_kernel.available(device, norm.weight.dtype)
+        and not _watched(norm)
+    )
+
+
+def _few_numbers(conv: Any, device: torch.device) -> bool:
+    """Whether a convolution is one that :func:`first_block` computes."""
+    return (
+        type(conv) is nn.Conv2d
+        and conv.groups == 1
+        and conv.dilation == (1, 1)
+        and not isinstance(conv.padding, str)
+        and conv.padding_mode == "zeros"
+        and conv.weight[0].numel() <= patches.FEW_NUMBERS
+        and patches.available(device, conv.weight.dtype)
+    )
+
+
+def _watched(module: nn.Module) -> bool:
+    """Whether somebody hooked in between, who must see what is there."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
+def _halves(pool: nn.MaxPool2d) -> bool:
+    def both(value: object, wanted: int) -> bool:
+        return value in (wanted, (wanted, wanted), [wanted, wanted])
+
+    return (
+        both(pool.kernel_size, 2) and both(pool.stride, 2) and both(pool.padding, 0) and both(pool.dilation, 1)
+        and not (pool.ceil_mode or pool.return_indices)
+    )  # fmt: skip
 
 
 def _row(values: Tensor | None, step: int) -> Tensor | None:

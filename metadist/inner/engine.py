@@ -17,9 +17,9 @@ from metadist.episode import EpisodeBatch, Examples
 from metadist.errors import first_line
 from metadist.inner import adjoint
 from metadist.inner.adjoint import InnerProblem
-from metadist.inner.compiled import CompiledFunction
 from metadist.inner.functional import FunctionalModel, Tensors
 from metadist.inner.gradients import recorded
+from metadist.inner.program import Compile, Program
 
 Strategy = Literal["vectorised", "adjoint", "loop"]
 
@@ -32,14 +32,19 @@ class Engine:
     Args:
         strategy: ``vectorised`` computes all tasks in one call (vmap of the adjoint form); ``adjoint``
             one by one; ``loop`` one by one by plain autograd, for modules that ``torch.func`` cannot take.
-        compile: compile the vectorised meta-gradient; takes a minute or two at its first call.
+        compile: ``"trace"`` derives the vectorised meta-gradient once and from then on runs its operators alone, some
+            seconds at its first call; True compiles them as well, a minute or two. See :mod:`metadist.inner.program`.
+        recompute: in what is traced, compute each inner step again on the way back rather than keep it.
     """
 
-    def __init__(self, strategy: Strategy = "vectorised", compile: bool = False) -> None:
+    def __init__(
+        self, strategy: Strategy = "vectorised", compile: Compile = False, recompute: bool = False
+    ) -> None:
         if strategy not in ("vectorised", "adjoint", "loop"):
             raise ValueError(f"strategy must be vectorised, adjoint or loop, not {strategy!r}")
-        self.strategy, self.compile = strategy, compile and strategy == "vectorised"
-        self._compiled: dict[Any, CompiledFunction] = {}
+        self.strategy, self.recompute = strategy, recompute
+        self.compile: Compile = compile if strategy == "vectorised" else False
+        self._programs: dict[Any, Program] = {}
 
     def uncompiled(self) -> Engine:
         """The same without compilation, for what is not computed often enough to pay for it."""
@@ -122,41 +127,46 @@ class Engine:
         return _stack(results)
 
     def _program(self, fn: Callable[..., Any], key: Any) -> Callable[..., Any]:
-        """``fn``, or what it was compiled to when ``key`` first came."""
+        """``fn``, or what was made of it when ``key`` first came."""
         if not self.compile:
             return fn
-        if key not in self._compiled:
-            self._compiled[key] = CompiledFunction(fn)
-        return self._compiled[key]
+        if key not in self._programs:
+            self._programs[key] = Program(fn, self.compile is True, self.recompute)
+        return self._programs[key]
 
     def _gradients(self) -> contextlib.AbstractContextManager[None]:
         """How inner steps take their gradients: recorded by autograd in the loop, by torch.func elsewhere."""
         return recorded() if self.strategy == "loop" else contextlib.nullcontext()
 
 
-def choose_strategy(model: FunctionalModel, probe: Callable[[Engine], Any]) -> tuple[Strategy, str]:
-    """The fastest strategy the model admits, and why it is not ``vectorised`` if it is not.
+def choose_strategy(
+    model: FunctionalModel, probe: Callable[[Engine], Any], traced: bool = False
+) -> tuple[Strategy, bool, str]:
+    """The fastest strategy the model admits, whether it can be traced, and why not if it is not the one hoped for.
 
     A rule over the model alone, never a timing: two runs of one config must have the same bits.
 
     Args:
         model: the model.
         probe: runs one microbatch with the engine it is given; raises if the engine cannot.
+        traced: whether tracing is hoped for.
     """
     random = "the model draws random numbers (dropout), which every pass over a task must repeat"
     if model.random:
-        return "loop", random
+        return "loop", False, random
     reason = ""
-    for strategy in ("vectorised", "adjoint"):
+    hopes: tuple[tuple[Strategy, bool], ...] = (("vectorised", True), ("vectorised", False), ("adjoint", False))
+    for strategy, trace in hopes if traced else hopes[1:]:
         drawn = torch.get_rng_state()
         try:
-            probe(Engine(strategy))
+            probe(Engine(strategy, "trace" if trace else False))
             # Not every module that draws shows it by its type: F.dropout, the dropout of an LSTM.
-            return (strategy, reason) if torch.equal(drawn, torch.get_rng_state()) else ("loop", random)
+            drew = not torch.equal(drawn, torch.get_rng_state())
+            return ("loop", False, random) if drew else (strategy, trace, reason)
         except (RuntimeError, NotImplementedError, TypeError) as e:
             reason = first_line(e)
             log.debug("strategy %s is out: %s", strategy, reason)
-    return "loop", reason
+    return "loop", False, reason
 
 
 def _vectorised(

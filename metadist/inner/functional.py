@@ -6,17 +6,16 @@ import contextlib
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from metadist.inner.batchnorm import MEAN, VAR, BatchNormMode, Pass, adopt_batchnorm
-from metadist.inner.columns import AsProducts
+from metadist.inner.batchnorm import MEAN, VAR, BatchNormMode, Pass, adopt_batchnorm, fuse_norms
+from metadist.inner.kernels import AsProducts, Convolution
 
 Tensors = dict[str, Tensor]
-Convolution = Literal["direct", "columns"]
 
 _RANDOM = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.RReLU)
 
@@ -30,7 +29,9 @@ class FunctionalModel:
         dtype: of floating-point parameters and buffers; None leaves them.
         batchnorm: whose statistics normalise whom, see :mod:`metadist.inner.batchnorm`. In every mode they
             are per task, so that a task's result does not depend on the tasks computed beside it.
-        convolution: ``direct``, torch's own, or ``columns``, as products of matrices (:mod:`metadist.inner.columns`).
+        convolution: ``direct``, torch's own; ``columns``, products of matrices for small pictures; or ``winograd``,
+            Winograd's form where it applies and ``columns`` elsewhere (:mod:`metadist.inner.kernels`).
+        fused_norm: compute BatchNorm with the ReLU and the pooling that follow it by one operator, where it can be had.
     """
 
     def __init__(
@@ -40,10 +41,13 @@ class FunctionalModel:
         dtype: torch.dtype | None = None,
         batchnorm: BatchNormMode = "transductive",
         convolution: Convolution = "direct",
+        fused_norm: bool = False,
     ) -> None:
         self.module, self.device = copy.deepcopy(module), torch.device(device)
         self.norms = adopt_batchnorm(self.module, batchnorm)
         self.module.to(device=device, dtype=dtype)
+        if fused_norm:
+            fuse_norms(self.module, self.device)
         self.batchnorm: str = batchnorm if self.norms else "none"
         """The mode, or ``none`` for a model without BatchNorm."""
         self.convolution = convolution
@@ -79,7 +83,8 @@ class FunctionalModel:
         now = Pass(rows, step, evaluation and self.batchnorm == "running", self._seen)
         for norm in self.norms:
             norm.now = now
-        with AsProducts() if self.convolution == "columns" else contextlib.nullcontext():
+        products = AsProducts(fast=self.convolution == "winograd")
+        with contextlib.nullcontext() if self.convolution == "direct" else products:
             output = functional_call(self.module, {**self.buffers, **params}, (x,), strict=True)
         return output[rows:] if rows else output
 

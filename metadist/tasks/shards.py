@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from metadist.data.assemble import assemble
+from metadist.data.planes import empty_images, planes
 from metadist.data.samplers import Draws, Ints, UniformSampler, WindowSampler, Words
 from metadist.data.shards import ShardSet
 from metadist.episode import Episode, EpisodeBatch
@@ -32,8 +33,8 @@ class Resident:
         self._reset()
 
     def _reset(self) -> None:
-        shape = (int(self.shards.rows[-1]), *self.shards.manifest.field.shape)
-        self._examples = np.empty(shape, dtype=np.uint8)  # pages that are never loaded take no memory
+        # Pages that are never loaded take no memory.
+        self._examples = empty_images(int(self.shards.rows[-1]), self.shards.manifest.field.shape)
         self._loaded = np.zeros(len(self.shards.index), dtype=bool)
         self._lock = threading.Lock()
 
@@ -51,7 +52,7 @@ class Resident:
         with self._lock:
             for b in blocks[~self._loaded[blocks]].tolist():
                 a, z = self.shards.rows[b], self.shards.rows[b + 1]
-                self._examples[a:z] = self.shards.read(b)
+                planes(self._examples)[a:z] = planes(self.shards.read(b))
                 self._loaded[b] = True
         self.shards.close()
 
@@ -187,8 +188,7 @@ class ShardTasks(TaskSource):
     def _batch(self, seed: int, stream: str, numbers: Sequence[int], words: Words | None) -> EpisodeBatch:
         drawn = self.sampler.draw(seed, stream, numbers, words)
         gather = self._shards.gather if self._store is None else self._store.gather
-        images = gather(drawn.rows.ravel())
-        support, query = assemble(images.reshape(*drawn.rows.shape, *images.shape[1:]), drawn.turns, self.shots)
+        support, query = assemble(gather(drawn.rows.ravel()), drawn.turns, self.shots)
         batch = EpisodeBatch(support, query, self._info(drawn))
         return arrange(batch, [(seed, stream, number) for number in numbers], self.order, self.labels)
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metadist.data.samplers import ClassPool, UniformSampler, WindowSampler, choices, permutation
+from metadist.data.samplers import ClassPool, UniformSampler, WindowSampler, choices, permutation, words_of
 from metadist.errors import DataError
 from metadist.seeding import Rng
 
@@ -34,6 +34,21 @@ def test_choices_is_rng_choice_for_every_row(seed: int, bounds: list[int], k: in
     words = np.stack([Rng(seed, "w", row).raw(k) for row in range(len(bounds))])
     wanted = [Rng(seed, "w", row).choice(n, k).tolist() for row, n in enumerate(bounds)]
     assert choices(words, np.array(bounds)).tolist() == wanted
+
+
+@given(
+    numbers=st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 3), min_size=1, max_size=6), words=st.integers(1, 9),
+    seed=st.integers(0, 2**64 - 1),
+)  # fmt: skip
+def test_words_are_those_of_each_episodes_generator(numbers: list[int], words: int, seed: int) -> None:
+    wanted = [Rng(seed, "w", number).raw(words).tolist() for number in numbers]
+    assert words_of(seed, "w", numbers, words).tolist() == wanted
+
+
+@pytest.mark.parametrize("numbers", [[0, -1], [2**64, 3]])
+def test_an_episode_that_does_not_exist_has_no_words(numbers: list[int]) -> None:
+    with pytest.raises(ValueError, match="index must be in"):
+        words_of(0, "w", numbers, 4)
 
 
 @given(n=st.integers(1, 60), seed=st.integers(0, 2**64 - 1))
@@ -132,6 +147,24 @@ def test_incoming_brings_every_slot_once_from_wherever_it_starts() -> None:
         start = sampler.start(first)
         stop = sampler.start(first + 19) + 6
         assert brought == sampler.slots(0, "s", np.arange(start, stop))[1].tolist()
+
+
+@pytest.mark.parametrize("stride", [1, 3, 40])
+@pytest.mark.parametrize("last", [None, 4])
+def test_arrivals_are_the_incoming_of_each_episode(stride: int, last: int | None) -> None:
+    numbers = range(5, 5 + 30 * stride, stride)
+    one = pool(9, blocks=2)
+    for sampler in (UniformSampler(one, 3, 2), WindowSampler(one, 3, 2, window=6, reuse=0.5)):
+        rows = sampler.draw(0, "s", numbers).rows
+        before = [last, *numbers[:-1]]
+        wanted = [sampler.incoming(0, "s", e, b) for e, b in zip(numbers, before, strict=True)]
+        assert sampler.arrivals(0, "s", numbers, last, rows) == wanted
+
+
+def test_windows_far_apart_are_drawn_without_what_lies_between() -> None:
+    sampler = WindowSampler(pool(9), 3, 2, window=6, reuse=0.5)
+    far = sampler.draw(0, "s", [3, 10**12])  # 10**11 passes over the classes lie between
+    assert far.rows[1].tolist() == sampler.draw(0, "s", [10**12]).rows[0].tolist()
 
 
 def pairs(sampler: UniformSampler | WindowSampler, episodes: int) -> set[tuple[int, ...]]:

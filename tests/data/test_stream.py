@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 import threading
@@ -22,6 +23,11 @@ from metadist.errors import DataError
 from metadist.tasks.shards import ShardTasks
 
 SAMPLERS = ("uniform", "window")
+# Of the first 200 episodes of ``stream_of``, their images, labels and info.
+KNOWN = {
+    "uniform": "d0569b914be74f8b9b6cfebf1e7d39c3e90de1191896fe4469d2f8fdae59c520",
+    "window": "2932f6fe3d31c0e407496b28230024dec1734fa431fb2f7e5554b1a94e7fa72d",
+}
 
 
 def stream_of(path: Path, kind: str, start: int = 0) -> EpisodeStream:
@@ -118,6 +124,63 @@ def test_window_holds_no_more_blocks_than_its_slots(packed: Path) -> None:
     stream.plan.shards.raw = lambda b: reads.append(b) or raw(b)  # type: ignore[method-assign, func-returns-value]
     list(islice(stream, 101))
     assert len(reads) == 9 + 50  # the first window, then one block every second episode
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_known_episodes(packed: Path, kind: str) -> None:
+    digest = hashlib.sha256()
+    for episode in islice(stream_of(packed, kind), 200):
+        for t in (*episode.support, *episode.query):
+            digest.update(t.numpy().tobytes())
+        digest.update(repr(dict(episode.info)).encode())
+    assert digest.hexdigest() == KNOWN[kind]
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_an_episode_is_drawn_once_and_many_together(packed: Path, kind: str) -> None:
+    stream = stream_of(packed, kind)
+    drawn: list[int] = []
+    draw = stream.plan.sampler.draw
+    stream.plan.sampler.draw = lambda seed, s, e: drawn.extend(e) or draw(seed, s, e)  # type: ignore
+    list(islice(stream.seek(10), 100))
+    assert drawn == list(range(10, 10 + 2 * 64))
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_nothing_is_read_before_the_episode_that_needs_it(spoilt: Path, kind: str) -> None:
+    flip(shard_paths(spoilt)[0], payload_byte(spoilt))
+    stream = stream_of(spoilt, kind)
+    plan, served, last = stream.plan, 0, None
+    for wanted in range(500):  # the first episode that brings in the damaged block 2
+        if 2 in plan.sampler.incoming(5, "train", wanted, last):
+            break
+        last = wanted
+    with pytest.raises(DataError, match="altered: its crc32"):
+        for _ in stream:
+            served += 1
+    assert served == wanted
+
+
+def test_uniform_episodes_read_a_block_again_only_if_it_was_not_kept(packed: Path) -> None:
+    whole = list(islice(stream_of(packed, "uniform"), 100))
+    for cache_bytes, most in ((256 << 20, 14), (100, 1000)):
+        stream, reads = stream_of(packed, "uniform"), []
+        shards, raw = stream.plan.shards, stream.plan.shards.raw
+        shards.cache_bytes = cache_bytes  # 14 blocks of 48 bytes, or 2
+        shards.raw = lambda b: reads.append(b) or raw(b)  # type: ignore  # noqa: B023
+        assert all(same(a, b) for a, b in zip(islice(stream, 100), whole, strict=True))
+        assert len(reads) <= most and (most == 14) == (len(set(reads)) == len(reads))
+
+
+def test_episodes_do_not_share_memory(packed: Path) -> None:
+    first, *others = islice(stream_of(packed, "uniform"), 20)
+    kept = [t.clone() for e in others for t in (*e.support, *e.query)]
+    for t in (*first.support, *first.query):
+        t.fill_(9)
+    assert all(
+        torch.equal(a, b) for a, b in zip(kept, (t for e in others for t in (*e.support, *e.query)), strict=True)
+    )
+    assert next(iter(stream_of(packed, "uniform"))).support.y.tolist() == [0, 1, 2]
 
 
 def test_a_negative_episode_is_refused(packed: Path) -> None:

@@ -241,14 +241,14 @@ def test_a_task_does_not_feel_its_neighbours(name: str) -> None:
 # --------------------------------------------------------------------------- modules with habits
 
 
-def strategy_of(module: nn.Module, batch: EpisodeBatch, steps: int) -> tuple[Strategy, str]:
+def strategy_of(module: nn.Module, batch: EpisodeBatch, steps: int, traced: bool = True) -> tuple[Strategy, bool, str]:
     learner = maml(module, batch, inner_steps=steps)
     params = learner.initial_meta_params()
 
     def probe(engine: Engine) -> None:
         learner.bind(learner.model, learner.objective, engine).meta_gradient(params, batch)
 
-    return choose_strategy(learner.model, probe)
+    return choose_strategy(learner.model, probe, traced)
 
 
 def test_running_statistics_are_neither_read_nor_kept() -> None:
@@ -265,15 +265,16 @@ def test_running_statistics_are_neither_read_nor_kept() -> None:
         assert relative(results(module, batch, strategy, inner_steps=2).gradient, wanted) < 1e-10
     assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
     assert not module.training and module[1].track_running_stats
-    assert strategy_of(module, batch, 2) == ("vectorised", "")
+    assert strategy_of(module, batch, 2) == ("vectorised", True, "")
+    assert strategy_of(module, batch, 2, traced=False) == ("vectorised", False, "")
 
 
 @pytest.mark.parametrize("make", [lambda: nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 3)), FunctionalDropout])
 def test_dropout_is_left_to_the_loop(make: Callable[[], nn.Module]) -> None:
     """A recomputed step would draw another mask than the step it stands for."""
     module, batch = make().double(), classes((6,))
-    strategy, reason = strategy_of(module, batch, steps=3)
-    assert strategy == "loop" and "random" in reason
+    strategy, traced, reason = strategy_of(module, batch, steps=3)
+    assert strategy == "loop" and not traced and "random" in reason
     torch.manual_seed(9)
     wanted = reference_gradient(module, batch, steps=3)
     torch.manual_seed(9)
@@ -284,8 +285,8 @@ def test_control_flow_on_the_data_falls_back_to_the_right_gradient() -> None:
     module, batch = Forked().double(), classes((6,), tasks=6)
     taken = {bool(e.support.x.sum() > 0) for e in batch}
     assert taken == {True, False}, "the batch must send tasks both ways"
-    strategy, reason = strategy_of(module, batch, steps=2)
-    assert strategy in ("adjoint", "loop") and reason
+    strategy, traced, reason = strategy_of(module, batch, steps=2)
+    assert strategy in ("adjoint", "loop") and not traced and reason
     got = results(module, batch, strategy, inner_steps=2).gradient
     assert relative(got, reference_gradient(module, batch, 2)) < 1e-10
 

@@ -10,23 +10,16 @@ consist of the two and of products.
 from __future__ import annotations
 
 import ctypes
-import functools
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from metadist.inner.kernels import load
+from metadist.inner.kernels.build import function
 
 _SOURCE = Path(__file__).with_name("columns.cpp")
-_SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
-
-POSITIONS = 256
-"""Largest picture, in positions of the output, for which the windows' memory is no burden."""
-
 
 class _Shape(ctypes.Structure):
     """As in columns.cpp."""
@@ -37,7 +30,7 @@ class _Shape(ctypes.Structure):
     )]  # fmt: skip
 
 
-def _output(size: int, kernel: int, stride: int, padding: int) -> int:
+def output_size(size: int, kernel: int, stride: int, padding: int) -> int:
     return (size + 2 * padding - kernel) // stride + 1
 
 
@@ -55,7 +48,7 @@ def _windows(x: Tensor, kernel: list[int], stride: list[int], padding: list[int]
 @_windows.register_fake
 def _windows_shape(x: Tensor, kernel: list[int], stride: list[int], padding: list[int]) -> Tensor:
     b, h, w, c = x.shape
-    out = (_output(n, *of) for n, *of in zip((h, w), kernel, stride, padding, strict=True))
+    out = (output_size(n, *of) for n, *of in zip((h, w), kernel, stride, padding, strict=True))
     return x.new_empty(b, *out, kernel[0] * kernel[1] * c)
 
 
@@ -77,14 +70,9 @@ def _sum_windows_shape(
     return rows.new_empty(rows.shape[0], *size, rows.shape[3] // (kernel[0] * kernel[1]))
 
 
-@functools.cache
 def _compiled(name: str, device: torch.device, dtype: torch.dtype) -> Any:
     """The C++ function, or None where the tensor operations do as well."""
-    if device.type != "cpu" or dtype not in _SUFFIX or (library := load(_SOURCE)) is None:
-        return None
-    function = getattr(library, f"{name}_{_SUFFIX[dtype]}")
-    function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.POINTER(_Shape)), None
-    return function
+    return function(_SOURCE, name, device, dtype, (ctypes.c_void_p, ctypes.c_void_p, ctypes.POINTER(_Shape)))
 
 
 def _plain_windows(x: Tensor, kernel: list[int], stride: list[int], padding: list[int], out: torch.Size) -> Tensor:
@@ -162,31 +150,3 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int
     out = rows.reshape(n * h * w, numbers) @ weight.permute(2, 3, 1, 0).reshape(numbers, outputs)
     out = out if bias is None else out + bias
     return out.reshape(n, h, w, outputs).permute(0, 3, 1, 2)
-
-
-class AsProducts(TorchFunctionMode):
-    """Within it, convolutions of small pictures are products of matrices; others stay as they are."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = _as_products(*args, **(kwargs or {})) if func is torch.conv2d else None
-        return func(*args, **(kwargs or {})) if made is None else made
-
-
-def _as_products(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
-    groups: int = 1,
-) -> Tensor | None:  # fmt: skip
-    """The convolution as a product; None if it is of a kind that is left to torch."""
-    stride, padding, dilation = (_pair(v) for v in (stride, padding, dilation))
-    if groups != 1 or dilation != [1, 1] or padding is None or input.dim() != 4:
-        return None
-    out = [_output(n, *of) for n, *of in zip(input.shape[2:], weight.shape[2:], stride, padding, strict=True)]
-    return convolution(input, weight, bias, stride, padding) if 0 < out[0] * out[1] <= POSITIONS else None
-
-
-def _pair(value: Any) -> list[int] | None:
-    """``[rows, columns]``; None for a word such as ``same``."""
-    if isinstance(value, str):
-        return None
-    values = [value] if isinstance(value, int) else [int(v) for v in value]
-    return values * 2 if len(values) == 1 else values

@@ -7,19 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import grad, vjp, vmap
 
-from metadist.algorithms import MAML, resolve_objective
-from metadist.episode import EpisodeBatch, Examples
-from metadist.inner import Engine, FunctionalModel, columns
-from metadist.inner.columns import AsProducts, convolution
-from metadist.models import Conv4
+from metadist.inner.kernels import columns
+from metadist.inner.kernels.columns import convolution
 
 pair = st.tuples(st.integers(1, 3), st.integers(1, 3)).map(list)
 
@@ -82,50 +78,10 @@ def test_each_task_by_weights_of_its_own() -> None:
         torch.testing.assert_close(made, wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("call", "taken"),
-    [
-        (lambda x, w: F.conv2d(x, w), True),
-        (lambda x, w: F.conv2d(x, w, stride=2, padding=(1, 0)), True),
-        (lambda x, w: F.conv2d(x, w, None, [2], [1]), True),
-        (lambda x, w: F.conv2d(x, w, padding="same"), False),
-        (lambda x, w: F.conv2d(x, w, dilation=2), False),
-        (lambda x, w: F.conv2d(x[0], w), False),
-        (lambda x, w: F.conv2d(x, w[:, :2], groups=2), False),
-        (lambda x, w: F.conv2d(x.repeat(1, 1, 3, 3), w), False),
-    ],
-)
-def test_what_is_taken_over_and_what_is_left_to_torch(call, taken, monkeypatch) -> None:
-    seen = []
-    monkeypatch.setattr(columns, "convolution", lambda *a: seen.append(1) or convolution(*a))
-    x, w = torch.randn(2, 4, 9, 9), torch.randn(6, 4, 3, 3)
-    with AsProducts():
-        made = call(x, w)
-    torch.testing.assert_close(made, call(x, w), rtol=1e-4, atol=1e-4)
-    assert bool(seen) == taken
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-def test_the_meta_gradient_of_a_convolutional_network_is_the_same(compiled: bool) -> None:
-    torch.manual_seed(0)
-    module: nn.Module = Conv4(1, 5, filters=4)
-    x = torch.rand(2, 10, 1, 16, 16, dtype=torch.float64)
-    y = torch.arange(5).repeat(2, 2)
-    batch = EpisodeBatch(Examples(x[:, :5], y[:, :5]), Examples(x[:, 5:], y[:, 5:]))
-    gradients = []
-    for how in ("direct", "columns"):
-        model = FunctionalModel(module, dtype=torch.float64, convolution=how)  # type: ignore[arg-type]
-        engine = Engine("vectorised", compile=compiled and how == "columns")
-        learner = MAML(inner_lr=0.1, inner_steps=2).bind(model, resolve_objective("auto", y[0]), engine)
-        gradients.append(learner.meta_gradient(model.initial_params(), batch).gradient)
-    for name, value in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], value, rtol=1e-9, atol=1e-12)
-
-
 def test_without_a_compiler_the_plain_form_is_used(tmp_path: Path) -> None:
     code = """
 import torch
-from metadist.inner import columns
+from metadist.inner.kernels import columns
 x = torch.randn(1, 5, 5, 2)
 print(columns._compiled("windows", x.device, x.dtype) is None, columns._windows(x, [3, 3], [1, 1], [1, 1]).shape)
 """

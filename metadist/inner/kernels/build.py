@@ -10,11 +10,38 @@ import os
 import platform
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import torch
 
 log = logging.getLogger(__name__)
 
 _FLAGS = ("-O3", "-march=native", "-fno-fast-math", "-shared", "-fPIC")
+
+
+SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
+"""Ends a function's name, by the numbers it takes."""
+
+
+@functools.cache
+def function(
+    source: Path, name: str, device: torch.device, dtype: torch.dtype, arguments: Sequence[type[Any]]
+) -> Any:
+    """The C++ function ``name`` for numbers of a kind; None where tensor operations must do.
+
+    Args:
+        source: the file it stands in.
+        name: without the suffix of its numbers.
+        device, dtype: of the tensors it is to take.
+        arguments: their types, a tuple of ctypes.
+    """
+    if device.type != "cpu" or dtype not in SUFFIX or (library := load(source)) is None:
+        return None
+    found = getattr(library, f"{name}_{SUFFIX[dtype]}")
+    found.argtypes, found.restype = list(arguments), None
+    return found
 
 
 @functools.cache
@@ -34,8 +61,8 @@ def _built(source: Path) -> Path:
     from torch._inductor.cpp_builder import get_cpp_compiler
 
     compiler = get_cpp_compiler()
-    text = source.read_bytes()
-    name = hashlib.sha256(b"\0".join([text, compiler.encode(), " ".join(_FLAGS).encode(), _processor()])).hexdigest()
+    texts = [f.read_bytes() for f in (source, *sorted(source.parent.glob("*.h")))]
+    name = hashlib.sha256(b"\0".join([*texts, compiler.encode(), " ".join(_FLAGS).encode(), _processor()])).hexdigest()
     cache = Path(os.environ.get("METADIST_CACHE", Path.home() / ".cache" / "metadist"))
     library = cache / f"{source.stem}-{name[:16]}.so"
     if not library.exists():

@@ -1,0 +1,1 @@
+"""The parts of ``tools/bench/adaptation.py``: what is computed, by whom, how it is measured and how it is told."""

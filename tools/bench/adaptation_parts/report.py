@@ -1,0 +1,52 @@
+"""What a person reads of the results."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+COLUMNS = ("implementation", "ms/task", "x fastest peer", "wall ms", "first call s", "peak MB", "GFLOP/s", "of sgemm",
+           "float32 error", "float64 error")  # fmt: skip
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A row's words, in the order of COLUMNS."""
+    ratio, peak, ms = row["ratio_to_fastest_peer"], row["peak_mb"], row["ms_per_task"]
+    return [
+        row["implementation"],
+        f"{ms:.1f}" if ms >= 10 else f"{ms:.4f}",
+        "" if ratio is None else f"{ratio:.2f}",
+        f"{row['wall_ms_per_task']:.3g}",
+        f"{row['first_call_s']:.1f}",
+        "" if peak is None else f"{peak:.0f}",
+        f"{row['gflops']:.2f}",
+        f"{100 * row['share_of_sgemm']:.1f} %",
+        f"{row['error_float32']:.0e}",
+        "" if row["error_float64"] is None else f"{row['error_float64']:.0e}",
+    ]
+
+
+def show(title: str, result: dict[str, Any]) -> None:
+    """One workload: a table on a terminal, lines of tabs elsewhere."""
+    heading = title
+    if best := result.get("attainable_gflops"):
+        heading += f"; attainable GFLOP/s: sgemm {best['sgemm']:.0f}, 3x3 convolution {best['conv3x3']:.0f}"
+    rows = sorted(result["rows"], key=lambda r: r["ms_per_task"])
+    if sys.stdout.isatty():
+        table = Table(title=heading, title_justify="left")
+        for i, column in enumerate(COLUMNS):
+            table.add_column(column, justify="right" if i else "left")
+        for row in rows:
+            table.add_row(*cells(row))
+        Console().print(table)
+    else:
+        print(heading)
+        print("\t".join(COLUMNS))
+        for row in rows:
+            print("\t".join(cells(row)))
+    for name, why in result["left_out"].items():
+        print(f"left out: {name}: {why}")
+    print(flush=True)
