@@ -134,6 +134,60 @@ def check(config: Path | None, overrides: tuple[str, ...], list_members: bool) -
 @main.command()
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
+@click.option("--write", is_flag=True, help="Put the fastest way into CONFIG; its comments and layout stay.")
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Timed calls of each way.")
+@click.option("--no-compile", is_flag=True, help="Leave inductor out, which takes a minute or two for each way.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def bench(
+    config: Path, overrides: tuple[str, ...], write: bool, rounds: int, no_compile: bool, as_json: bool
+) -> None:
+    """Time the ways to run CONFIG's meta-gradient on this machine.
+
+    Each is compared with plain automatic differentiation first. How many tasks are computed together
+    (outer.tasks_per_microbatch) changes the last bits of a run; nothing else that is tried changes what is learned.
+
+    \b
+    Example:
+      metadist bench configs/glyphs_maml.yaml --no-compile
+      metadist bench configs/glyphs_maml.yaml --write
+    """
+    from metadist.benchmark import EngineBench
+    from metadist.config import load_config, with_values
+    from metadist.files import write_atomically
+    from metadist.tracking.console import table
+
+    engine = EngineBench(
+        load_config(config, overrides), rounds, not no_compile, lambda line: click.echo(f"  {line}", err=True)
+    )
+    best = engine.run()
+    least = best.ms_per_task or 0.0
+    rows = sorted((t.row(least) for t in engine.timings.values()), key=lambda r: r["ms_per_task"] or float("inf"))
+    if as_json:
+        click.echo(json.dumps({"rows": rows}))
+    else:
+        click.echo(table(_BENCH_COLUMNS, [_bench_row(r) for r in rows]))
+    if write:
+        chosen = {("engine", k): v for k, v in best.way.engine.items()}
+        chosen["outer", "tasks_per_microbatch"] = best.way.tasks
+        write_atomically(config, with_values(config.read_text(), chosen, str(config)))
+        click.echo(f"{config} now says: {best.way.name}", err=True)
+
+
+_BENCH_COLUMNS = (
+    "strategy", "compile", "convolution", "recompute", "together", "ms a task", "of the best", "first call", "",
+)  # fmt: skip
+
+
+def _bench_row(row: dict[str, Any]) -> tuple[str, ...]:
+    settings = [str(row[k]) for k in ("strategy", "compile", "convolution", "recompute", "tasks_per_microbatch")]
+    if row["ms_per_task"] is None:
+        return (*settings, "", "", "", row["reason"])
+    return (*settings, f"{row['ms_per_task']:.2f}", f"{row['ratio_to_best']:.2f}", f"{row['first_call_s']:.1f} s", "")
+
+
+@main.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
 @click.option("--address", required=True, help="The cluster's dashboard, e.g. http://HOST:8265.")
 @click.option("--run-dir", help="Where the job keeps its run, on the head or on shared storage; resumed if it exists.")
 def submit(config: Path, overrides: tuple[str, ...], address: str, run_dir: str | None) -> None:

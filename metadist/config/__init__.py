@@ -1,6 +1,7 @@
 """The experiment file: a typed schema and its loader. Imports neither torch nor ray."""
 
+from metadist.config.edit import with_values
 from metadist.config.load import load_config, parse_override, resolve_overrides, to_yaml, validate
 from metadist.config.schema import Config
 
-__all__ = ["Config", "load_config", "parse_override", "resolve_overrides", "to_yaml", "validate"]
+__all__ = ["Config", "load_config", "parse_override", "resolve_overrides", "to_yaml", "validate", "with_values"]

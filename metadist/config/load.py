@@ -94,6 +94,11 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
     return data
 
 
+def compose(text: str) -> Any:
+    """The nodes of a YAML text with their places in it; None for an empty one."""
+    return yaml.compose(text, Loader=_Loader)
+
+
 def parse_override(word: str) -> tuple[list[str], Any]:
     """``"outer.lr=1e-3"`` becomes ``(["outer", "lr"], 0.001)``."""
     key, equals, text = word.partition("=")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -194,3 +194,10 @@ def result_rows(summary: Mapping[str, Any], run_dir: Path) -> list[tuple[str, st
     rows.append(("run directory", str(run_dir)))
     files = (("learning curve", "learning_curve.png"), ("report", "report.html"))
     return rows + [(label, str(run_dir / name)) for label, name in files if (run_dir / name).is_file()]
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows under the names of their columns, each column as wide as its widest entry."""
+    lines = [tuple(columns), *(tuple(r) for r in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    return "\n".join("  ".join(w.ljust(n) for w, n in zip(line, widths, strict=True)).rstrip() for line in lines)

@@ -1,0 +1,198 @@
+"""How fast each way to run a config's meta-gradient is on this machine, and which to write into the config.
+
+Real microbatches of the config's tasks, its model and learner. Every way is first compared with the plain loop; those
+that are right are timed in turn, round by round, so that a machine whose speed drifts treats them alike.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from metadist.algorithms import Algorithm
+from metadist.config import Config
+from metadist.episode import EpisodeBatch
+from metadist.errors import ConfigError, first_line
+from metadist.experiment import DTYPES, Experiment
+from metadist.inner import Tensors, compiler_missing
+
+REFERENCE = {"strategy": "loop", "compile": False, "convolution": "direct", "fused_norm": False}
+"""Plain automatic differentiation, task by task: what every other way must agree with."""
+
+TOLERANCE = {"float32": 2e-2, "float64": 1e-6}
+"""Largest relative distance from the reference; single precision is felt at the kinks of ReLU and pooling."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to compute a microbatch: fields of ``engine``, and ``outer.tasks_per_microbatch``."""
+
+    strategy: str
+    compile: bool | str
+    convolution: str
+    recompute: bool
+    tasks: int
+
+    @property
+    def engine(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "tasks"}
+
+    @property
+    def name(self) -> str:
+        form = {False: "", "trace": ", traced", True: ", compiled"}[self.compile]
+        again = ", steps recomputed" if self.recompute else ""
+        return f"{self.strategy}{form}, {self.convolution} convolutions{again}, {self.tasks} together"
+
+
+@dataclass
+class Timing:
+    """What was measured of a way.
+
+    Args:
+        way: the way.
+        first_s: seconds of its first call, tracing and compilation included.
+        error: relative distance of its meta-gradient from the reference's.
+        seconds: of each timed call, a task.
+        reason: why it was not timed; empty if it was.
+    """
+
+    way: Way
+    first_s: float = 0.0
+    error: float = 0.0
+    seconds: list[float] = field(default_factory=list)
+    reason: str = ""
+
+    @property
+    def ms_per_task(self) -> float | None:
+        """The median, or None where nothing was timed."""
+        return 1e3 * statistics.median(self.seconds) if self.seconds else None
+
+    def row(self, best: float) -> dict[str, Any]:
+        """What ``--json`` has of it."""
+        found = self.ms_per_task
+        return {
+            **self.way.engine,
+            "tasks_per_microbatch": self.way.tasks,
+            "ms_per_task": found,
+            "first_call_s": self.first_s,
+            "relative_error": self.error,
+            "ratio_to_best": None if found is None else found / best,
+            "reason": self.reason,
+        }
+
+
+class EngineBench:
+    """Times the ways to run one config.
+
+    Args:
+        config: the config.
+        rounds: timed calls of each way.
+        compile: try inductor too, which takes a minute or two for each way.
+        say: told what is going on, a line at a time.
+    """
+
+    def __init__(
+        self, config: Config, rounds: int = 5, compile: bool = True, say: Callable[[str], None] = lambda line: None
+    ) -> None:
+        self._experiment, self._rounds, self._say = Experiment(config), rounds, say
+        self._inductor = compile and not compiler_missing()
+        torch.set_num_threads(config.runtime.threads_per_worker)
+        self.timings: dict[Way, Timing] = {}
+        self._calls: dict[Way, Callable[[], Any]] = {}
+
+    def run(self) -> Timing:
+        """Searches one choice after the other; returns the fastest way that is right."""
+        config = self._experiment.config
+        tasks = int(config.outer.tasks_per_microbatch)
+        convolutional = any(isinstance(m, torch.nn.Conv2d) for m in self._learner(REFERENCE).model.module.modules())
+        convolutions = ("direct", "columns", "winograd") if convolutional else ("direct",)
+        plain = [Way("vectorised", "trace", c, False, tasks) for c in convolutions]
+        eager = [replace(w, strategy=s, compile=False) for s in ("vectorised", "adjoint") for w in plain]
+        self._measure([*plain, *eager, Way("loop", False, "direct", False, tasks)])
+        best = self._best()
+        if best.way.strategy == "vectorised" and self._inductor:
+            self._measure([replace(best.way, compile=True)])
+        self._measure(replace(self._best().way, tasks=n) for n in _sizes(config.outer.meta_batch_size))
+        if self._best().way.compile:
+            self._measure([replace(self._best().way, recompute=True)])
+        return self._best()
+
+    def _best(self) -> Timing:
+        timed = [t for t in self.timings.values() if t.seconds]
+        if not timed:
+            reason = next((t.reason for t in self.timings.values() if t.reason), "nothing was tried")
+            raise ConfigError("engine", f"no way to compute the meta-gradient works: {reason}")
+        return min(timed, key=lambda t: statistics.median(t.seconds))
+
+    def _measure(self, ways: Iterable[Way]) -> None:
+        """Prepares new ways, then times them in turn, with the best one so far among them for comparison."""
+        fresh = [w for w in dict.fromkeys(ways) if w not in self.timings]
+        ready = [w for w in fresh if self._prepare(w)]
+        if ready and any(t.seconds for t in self.timings.values()):
+            ready.append(self._best().way)
+        for _ in range(self._rounds):
+            for way in ready:
+                start = time.perf_counter()
+                self._calls[way]()
+                self.timings[way].seconds.append((time.perf_counter() - start) / way.tasks)
+        for way in ready:
+            self._say(f"{way.name}: {self.timings[way].ms_per_task:.2f} ms a task")
+
+    def _prepare(self, way: Way) -> bool:
+        """Makes the call and checks what it gives; whether it may be timed."""
+        timing = self.timings[way] = Timing(way)
+        self._say(f"preparing {way.name}")
+        start = time.perf_counter()
+        try:
+            call = self._call(way.engine, way.tasks)
+            found = call()
+        except (RuntimeError, NotImplementedError, TypeError) as e:
+            timing.reason = first_line(e)
+            return False
+        timing.first_s = time.perf_counter() - start
+        timing.error = _distance(found, self._call(REFERENCE, way.tasks)())
+        if not timing.error <= TOLERANCE[self._experiment.config.engine.precision]:
+            timing.reason = f"its gradient is {timing.error:.1e} away from the loop's"
+            return False
+        self._calls[way] = call
+        return True
+
+    def _call(self, engine: dict[str, Any], tasks: int) -> Callable[[], Tensors]:
+        learner, batch = self._learner(engine), self._batch(tasks)
+        params = {k: v.detach() for k, v in learner.initial_meta_params().items()}
+
+        def call() -> Tensors:
+            torch.manual_seed(0)
+            return learner.meta_gradient(params, batch).gradient
+
+        return call
+
+    def _learner(self, engine: dict[str, Any]) -> Algorithm:
+        config = self._experiment.config
+        section = config.engine.model_copy(update=engine)
+        return replace(self._experiment, config=config.model_copy(update={"engine": section})).learner()
+
+    def _batch(self, tasks: int) -> EpisodeBatch:
+        config = self._experiment.config
+        source = self._experiment.source(self._experiment.train_split)
+        return source.episodes(config.seed, "bench", range(tasks)).to("cpu", DTYPES[config.engine.precision])
+
+
+def _sizes(tasks: int) -> Iterator[int]:
+    """Numbers of tasks computed together: powers of two up to a quarter of the meta-batch, so that workers share it."""
+    size = 1
+    while size == 1 or size * 4 <= tasks:
+        yield size
+        size *= 2
+
+
+def _distance(found: Tensors, wanted: Tensors) -> float:
+    """The length of the difference over the length of what is wanted, all tensors as one vector."""
+    apart = sum(float((found[k].double() - v.double()).pow(2).sum()) for k, v in wanted.items())
+    length = sum(float(v.double().pow(2).sum()) for v in wanted.values())
+    return (apart / max(length, 1e-300)) ** 0.5

@@ -1,0 +1,96 @@
+"""`metadist bench`: only right ways are timed, the fastest is found, and what it writes is what it found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from metadist.algorithms.base import Algorithm
+from metadist.benchmark import EngineBench, _sizes
+from metadist.cli import main
+from metadist.config import load_config
+from metadist.errors import ConfigError
+
+CONFIG = """# Kept.
+name: waves
+tasks: {type: sinusoid}
+model: {type: mlp, hidden: [8]}
+algorithm: {type: maml, inner_steps: 2}
+outer: {meta_batch_size: 16, steps: 2, lr: 1e-2}   # small
+runtime: {type: local}
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "waves.yaml"
+    path.write_text(CONFIG)
+    return path
+
+
+def test_every_way_is_right_and_the_fastest_is_chosen(config: Path) -> None:
+    bench = EngineBench(load_config(config), rounds=1, compile=False)
+    best = bench.run()
+    timed = [t for t in bench.timings.values() if t.seconds]
+    assert {t.way.strategy for t in timed} == {"vectorised", "adjoint", "loop"}
+    assert {t.way.tasks for t in timed} == {1, 2, 4} and {t.way.recompute for t in timed} == {False, True}
+    assert all(t.error < 1e-4 for t in timed)
+    assert best.ms_per_task == min(t.ms_per_task for t in timed)  # type: ignore[type-var]
+    assert not any(t.way.compile is True for t in bench.timings.values())
+
+
+def test_a_way_with_another_gradient_is_not_timed(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = EngineBench._learner
+
+    def broken(self: EngineBench, engine: dict[str, Any]) -> Algorithm:
+        learner = right(self, engine)
+        if engine["strategy"] == "vectorised":
+            learner.inner_lr *= 1.5  # type: ignore[attr-defined]
+        return learner
+
+    monkeypatch.setattr(EngineBench, "_learner", broken)
+    bench = EngineBench(load_config(config), rounds=1, compile=False)
+    assert bench.run().way.strategy != "vectorised"
+    wrong = [t for t in bench.timings.values() if t.way.strategy == "vectorised"]
+    assert wrong and all("away from the loop's" in t.reason and not t.seconds for t in wrong)
+
+
+def test_the_reason_is_told_where_every_way_fails(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(self: EngineBench, engine: dict[str, Any], tasks: int) -> Any:
+        raise RuntimeError("no rule for this\nand more")
+
+    bench = EngineBench(load_config(config), rounds=1, compile=False)
+    monkeypatch.setattr(EngineBench, "_call", failing)
+    with pytest.raises(ConfigError, match="no way to compute the meta-gradient works: no rule for this$"):
+        bench.run()
+
+
+def test_sizes_leave_work_for_four_workers() -> None:
+    assert [list(_sizes(n)) for n in (1, 4, 16, 33)] == [[1], [1], [1, 2, 4], [1, 2, 4, 8]]
+
+
+def test_the_choice_is_written_where_it_belongs(config: Path) -> None:
+    done = CliRunner().invoke(main, ["bench", str(config), "--no-compile", "--rounds", "1", "--json", "--write"])
+    assert done.exit_code == 0, done.output
+    rows = json.loads(done.stdout)["rows"]
+    best = rows[0]
+    assert best["ratio_to_best"] == 1.0 and all(r["ms_per_task"] for r in rows)
+    text = config.read_text()
+    assert text.startswith("# Kept.\n") and "# small" in text
+    written = load_config(config)
+    assert written.engine.compile == best["compile"] and written.engine.strategy == best["strategy"]
+    assert written.outer.tasks_per_microbatch == best["tasks_per_microbatch"]
+    assert written.outer.lr == 1e-2 and torch.get_num_threads() == 1
+
+
+def test_a_table_for_people(config: Path) -> None:
+    done = CliRunner().invoke(main, ["bench", str(config), "--no-compile", "--rounds", "1"])
+    assert done.exit_code == 0, done.output
+    lines = done.stdout.splitlines()
+    assert lines[0].split()[:2] == ["strategy", "compile"] and len(lines) > 5 and " 1.00 " in lines[1]
+    assert config.read_text() == CONFIG
