@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from metadist.episode import Episode, EpisodeBatch, Examples
     from metadist.errors import MetadistError
     from metadist.inner import gradients
-    from metadist.models import MLP, Conv4
+    from metadist.models import MLP, Conv4, ResNet12
     from metadist.seeding import Rng
     from metadist.tasks.base import TaskSource
     from metadist.tasks.glyphs import GlyphTasks
@@ -52,7 +52,7 @@ _HOMES = {
     "metadist.episode": ("Episode", "EpisodeBatch", "Examples"),
     "metadist.errors": ("MetadistError",),
     "metadist.inner": ("gradients",),
-    "metadist.models": ("MLP", "Conv4"),
+    "metadist.models": ("MLP", "Conv4", "ResNet12"),
     "metadist.seeding": ("Rng",),
     "metadist.tasks.base": ("TaskSource",),
     "metadist.tasks.glyphs": ("GlyphTasks",),
@@ -64,8 +64,9 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "ANIL", "BOIL", "CAVIA", "ES", "IMAML", "MAML", "MANN", "MLP", "PES", "SNAIL", "AdaptedModel", "Algorithm",
     "Conv4", "Episode", "EpisodeBatch", "Examples", "GlyphTasks", "Learner", "LocalRuntime", "MAMLPlusPlus",
-    "MatchingNet", "MetaSGD", "MetadistError", "Outer", "ProtoMAML", "ProtoNet", "RayRuntime", "Reptile", "Rng",
-    "Rule", "Run", "ShardTasks", "SinusoidTasks", "TaskResults", "TaskSource", "gradients", "load", "train",
+    "MatchingNet", "MetaSGD", "MetadistError", "Outer", "ProtoMAML", "ProtoNet", "RayRuntime", "Reptile",
+    "ResNet12", "Rng", "Rule", "Run", "ShardTasks", "SinusoidTasks", "TaskResults", "TaskSource",
+    "gradients", "load", "train",
 ]  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from metadist.errors import ConfigError
 from metadist.inner import Convolution, Engine, FunctionalModel, choose_strategy, compiler_missing
 from metadist.inner.engine import Strategy
 from metadist.inner.kernels import available as kernels_available
-from metadist.models import MLP, Conv4, Flatten
+from metadist.models import MLP, Conv4, Flatten, ResNet12
 from metadist.seeding import Rng
 from metadist.tasks.base import TaskSource
 
@@ -200,10 +200,19 @@ class Experiment:
         if x.dim() != 4:
             raise ConfigError(
                 "model.type",
-                f"conv4 takes pictures, but the inputs of tasks.type {self.config.tasks.type} have "
+                f"{section.type} takes pictures, but the inputs of tasks.type {self.config.tasks.type} have "
                 f"shape {list(x.shape[1:])}",
                 "use mlp",
             )
+        if section.type == "resnet12":
+            smallest = 2 ** len(section.widths)
+            if min(x.shape[-2:]) < smallest:
+                raise ConfigError(
+                    "model.widths",
+                    f"halve pictures {len(section.widths)} times, and these are {x.shape[-2]}x{x.shape[-1]}",
+                    f"give fewer widths, or pictures of {smallest} or more",
+                )
+            return ResNet12(x.shape[1], outputs, section.widths)
         return Conv4(x.shape[1], outputs, section.filters, section.downsample, tuple(x.shape[-2:]))  # type: ignore[arg-type]
 
     def _check_order(self, algorithm: Algorithm) -> None:

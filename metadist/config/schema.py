@@ -112,6 +112,15 @@ class Conv4Config(ModelSection):
     )
 
 
+class ResNet12Config(ModelSection):
+    """Four residual blocks of three convolutions, for colour pictures (mini-ImageNet and the like)."""
+
+    type: Literal["resnet12"] = "resnet12"
+    widths: Annotated[tuple[Positive, ...], Field(min_length=1)] = Field(
+        (64, 160, 320, 640), description="channels of each block; each halves its input"
+    )
+
+
 class MLPConfig(ModelSection):
     """A multi-layer perceptron with ReLU."""
 
@@ -135,7 +144,8 @@ class PythonModelConfig(PythonConfig, ModelSection):
 
 
 ModelConfig = Annotated[
-    Conv4Config | MLPConfig | FlattenConfig | CustomModelConfig | PythonModelConfig, Field(discriminator="type")
+    Conv4Config | ResNet12Config | MLPConfig | FlattenConfig | CustomModelConfig | PythonModelConfig,
+    Field(discriminator="type"),
 ]
 
 # --------------------------------------------------------------------------- engine, outer loop

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metadist.inner.batchnorm import MEAN, VAR, BatchNormMode, Pass, adopt_batchnorm, fuse_norms
 from metadist.inner.kernels import AsProducts, Convolution
@@ -84,7 +85,8 @@ class FunctionalModel:
         for norm in self.norms:
             norm.now = now
         products = AsProducts(fast=self.convolution == "winograd")
-        with contextlib.nullcontext() if self.convolution == "direct" else products:
+        # Of the forms of attention only this one can be differentiated twice.
+        with contextlib.nullcontext() if self.convolution == "direct" else products, sdpa_kernel(SDPBackend.MATH):
             output = functional_call(self.module, {**self.buffers, **params}, (x,), strict=True)
         return output[rows:] if rows else output
 

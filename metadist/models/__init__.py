@@ -4,6 +4,7 @@ from metadist.models.conv4 import Conv4
 from metadist.models.flatten import Flatten
 from metadist.models.mann import MANN
 from metadist.models.mlp import MLP
+from metadist.models.resnet12 import ResNet12
 from metadist.models.snail import SNAIL
 
-__all__ = ["MANN", "MLP", "SNAIL", "Conv4", "Flatten"]
+__all__ = ["MANN", "MLP", "SNAIL", "Conv4", "Flatten", "ResNet12"]
