@@ -32,7 +32,7 @@ def sections(name: str, **outer: Any) -> dict[str, Any]:
         "tasks": {"type": "glyphs", "ways": 3, "shots": 2, **({"order": order[0]} if order else {})},
         "model": MODELS[case.model],
         "algorithm": {"type": case.type, **case.options},
-        "engine": {"strategy": "vectorised"},
+        "engine": {"strategy": "vectorised", "compile": False},  # traced and compiled forms: test_contract.py
         "outer": {"steps": 4, "meta_batch_size": 5, "tasks_per_microbatch": 2, "lr": 0.01, **outer},
         "runtime": {"type": "local", "gpus_per_worker": 0},
         "evaluation": {"episodes": 4},

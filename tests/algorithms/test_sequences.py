@@ -183,7 +183,7 @@ def test_compiled_equals_eager() -> None:
         fast = learner.meta_gradient(meta_params, short)
         assert relative(fast.gradient, eager.gradient) < 1e-10
         torch.testing.assert_close(fast.metrics, eager.metrics, rtol=1e-10, atol=1e-12, equal_nan=True)
-    assert len(learner.engine._compiled["sequences"]._programs) == 1
+    assert len(learner.engine._programs["sequences"]._programs) == 1
 
 
 # ------------------------------------------------------------------ by instance

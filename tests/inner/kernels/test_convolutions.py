@@ -49,22 +49,20 @@ def test_what_is_taken_over_and_what_is_left_to_torch(call, taken, monkeypatch) 
 
 
 @pytest.mark.parametrize(
-    ("how", "downsample", "fused", "compile"),
+    ("how", "downsample", "fused", "compile", "batchnorm"),
     [
-        ("columns", "stride", False, False),
-        ("columns", "stride", False, True),
-        ("columns", "stride", True, "trace"),
-        ("winograd", "max_pool", False, "trace"),
-        ("winograd", "max_pool", True, False),
-        ("winograd", "max_pool", True, "trace"),
-        ("winograd", "max_pool", True, True),
-        ("direct", "max_pool", True, "trace"),
+        ("columns", "stride", False, False, "transductive"),
+        ("columns", "stride", False, True, "transductive"),
+        ("columns", "stride", True, "trace", "running"),
+        ("winograd", "max_pool", False, "trace", "transductive"),
+        ("winograd", "max_pool", True, False, "running"),
+        ("winograd", "max_pool", True, "trace", "transductive"),
+        ("winograd", "max_pool", True, "trace", "inductive"),
+        ("winograd", "max_pool", True, True, "transductive"),
+        ("direct", "max_pool", True, False, "inductive"),
     ],
 )
-@pytest.mark.parametrize("batchnorm", ["transductive", "inductive", "running"])
 def test_the_meta_gradient_of_a_convolutional_network_is_the_same(how, downsample, fused, compile, batchnorm) -> None:
-    if compile is True and batchnorm != "transductive":
-        pytest.skip("the traced graph is the same one, and compiling takes half a minute")
     torch.manual_seed(0)
     module: nn.Module = Conv4(1, 5, filters=8, downsample=downsample, image_size=(16, 16))
     # Pictures of a size that pooling does not divide.

@@ -31,22 +31,23 @@ class Setting:
         return bool(self.engine.get("compile"))
 
 
-_EAGER = {"strategy": "vectorised", "convolution": "direct"}
-_COMPILED = {"strategy": "vectorised", "compile": True}
-_COLUMNS = {**_COMPILED, "convolution": "columns"}
-_DIRECT = {**_COMPILED, "convolution": "direct"}
+_PLAIN = {"strategy": "vectorised", "compile": False, "convolution": "direct", "fused_norm": False}
+_EAGER = {"strategy": "vectorised", "compile": False, "convolution": "winograd"}
+_TRACED = {"strategy": "vectorised", "compile": "trace", "convolution": "winograd"}
+_LEAN = {**_TRACED, "recompute": True}
+_COMPILED = {**_TRACED, "compile": True}
+_CONVOLUTIONAL = ("A1", "A5", "B1", "B5", "C")
 
 SETTINGS: tuple[Setting, ...] = (
-    Setting("adjoint", {"strategy": "adjoint", "convolution": "direct"}, 1, "ABCD", ("A1", "A5", "B1", "B5", "C")),
-    Setting("adjoint-columns", {"strategy": "adjoint", "convolution": "columns"}, 1, "AB"),
+    Setting("adjoint-plain", {**_PLAIN, "strategy": "adjoint"}, 1, "ABCD"),
+    Setting("vectorised-4-plain", _PLAIN, 4, "ABC"),
     Setting("vectorised-4", _EAGER, 4, "ABC"),
-    Setting("vectorised-4-columns", {**_EAGER, "convolution": "columns"}, 4, "AB"),
     Setting("vectorised-all", _EAGER, None, "DE", ("D1", "D5", "E")),
-    Setting("compiled-1-direct", _DIRECT, 1, "ABC"),
-    Setting("compiled-1", _COLUMNS, 1, "ABC"),
-    Setting("compiled-2", _COLUMNS, 2, "AB"),
-    Setting("compiled-4", _COLUMNS, 4, "ABC"),
-    Setting("compiled-8", _COLUMNS, 8, "AB"),
+    Setting("traced-1", _TRACED, 1, "ABC", _CONVOLUTIONAL),
+    Setting("traced-4", _TRACED, 4, "ABC", _CONVOLUTIONAL),
+    Setting("traced-1-recompute", _LEAN, 1, "ABC"),
+    Setting("traced-all", _TRACED, None, "DE", ("D1", "D5", "E")),
+    Setting("compiled-4", _COMPILED, 4, "ABC"),
     Setting("compiled-all", _COMPILED, None, "DE", ("D1", "D5")),
 )
 
