@@ -95,7 +95,10 @@ def test_what_is_missing_is_named(text: str, message: str) -> None:
     ("text", "message"),
     [
         (LEAST.replace("glyphs", "glyph"), "tasks.type: there is no 'glyph'; did you mean glyphs?"),
-        (LEAST.replace("conv4", "zzz"), "model.type: there is no 'zzz'; choose one of conv4, resnet12, mlp, flatten, custom"),
+        (
+            LEAST.replace("conv4", "zzz"),
+            "model.type: there is no 'zzz'; choose one of conv4, resnet12, mlp, flatten, custom",
+        ),
         (SHARDS % "sampler: {type: windw}", "tasks.sampler.type: there is no 'windw'; did you mean window?"),
     ],
 )
