@@ -22,10 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metadist.inner.kernels import norm as norm_kernel
-from metadist.inner.kernels import patches
-from metadist.inner.kernels.norm import norm_relu_pool
-from metadist.inner.kernels.patches import Windows, first_block, tracked
+from metadist.inner.kernels import norm, patches
 
 BatchNormMode = Literal["transductive", "inductive", "running"]
 
@@ -56,17 +53,17 @@ class EpisodeNorm(nn.Module):
     last holds for all later ones. So may the running statistics.
 
     Args:
-        norm: the BatchNorm.
+        of: the BatchNorm.
         name: its name in the model.
         running: whether there are running statistics.
     """
 
-    def __init__(self, norm: nn.modules.batchnorm._BatchNorm, name: str, running: bool) -> None:
+    def __init__(self, of: nn.modules.batchnorm._BatchNorm, name: str, running: bool) -> None:
         super().__init__()
-        self.name, self.eps, self.channels = name, norm.eps, norm.num_features
-        self.two_dimensional = isinstance(norm, nn.BatchNorm2d)
-        self.momentum = 0.1 if norm.momentum is None else norm.momentum
-        self.weight, self.bias = norm.weight, norm.bias
+        self.name, self.eps, self.channels = name, of.eps, of.num_features
+        self.two_dimensional = isinstance(of, nn.BatchNorm2d)
+        self.momentum = 0.1 if of.momentum is None else of.momentum
+        self.weight, self.bias = of.weight, of.bias
         self.pool = 0
         """What follows is done here as well: ReLU alone (1), ReLU and 2x2 max pooling (2), nothing (0)."""
         if running:
@@ -78,21 +75,18 @@ class EpisodeNorm(nn.Module):
     running_var: Tensor
 
     def forward(self, x: Tensor | Deferred) -> Tensor:
-        if not self.pool:
-            assert isinstance(x, Tensor)
-            return self._normalised(x)
-        now = self.now
-        weight, bias = _row(self.weight, now.step), _row(self.bias, now.step)
-        if isinstance(x, Deferred) and not self.of_others and not tracked(x.inputs):
-            assert weight is not None and bias is not None, "only a norm with both is fused"
-            return self._first_block(x, weight, bias)
-        x = x.outputs() if isinstance(x, Deferred) else x
-        if self.of_others:
-            y = torch.relu(self._normalised(x))
+        if not self.pool or self.of_others:
+            y = self._normalised(x.outputs() if isinstance(x, Deferred) else x)
+            y = torch.relu(y) if self.pool else y
             return F.max_pool2d(y, 2) if self.pool == 2 else y
-        self._note(x)
+        weight, bias = _row(self.weight, self.now.step), _row(self.bias, self.now.step)
         assert weight is not None and bias is not None, "only a norm with both is fused"
-        return norm_relu_pool(x, weight, bias, self.eps, self.pool)
+        if isinstance(x, Deferred):
+            if not patches.tracked(x.inputs):
+                return self._first_block(x, weight, bias)
+            x = x.outputs()
+        self._note(x)
+        return norm.norm_relu_pool(x, weight, bias, self.eps, self.pool)
 
     @property
     def of_others(self) -> bool:
@@ -101,8 +95,8 @@ class EpisodeNorm(nn.Module):
 
     def _first_block(self, x: Deferred, weight: Tensor, bias: Tensor) -> Tensor:
         conv = x.conv
-        windows = Windows(*conv.kernel_size, *conv.stride, *conv.padding, self.pool)  # type: ignore
-        y, mean, var = first_block(x.inputs, conv.weight, weight, bias, self.eps, windows)
+        windows = patches.Windows(*conv.kernel_size, *conv.stride, *conv.padding, self.pool)  # type: ignore
+        y, mean, var = patches.first_block(x.inputs, conv.weight, weight, bias, self.eps, windows)
         if self.now.seen is not None:
             rows, columns = windows.outputs(*x.inputs.shape[-2:])
             n = len(x.inputs) * rows * columns
@@ -171,10 +165,10 @@ def adopt_batchnorm(module: nn.Module, mode: BatchNormMode) -> list[EpisodeNorm]
         if isinstance(child, nn.modules.batchnorm._BatchNorm):
             if not name:
                 raise ValueError("the model is a single BatchNorm; wrap it in nn.Sequential")
-            norm = EpisodeNorm(child, name, mode == "running")
+            made = EpisodeNorm(child, name, mode == "running")
             parent, _, last = name.rpartition(".")
-            setattr(module.get_submodule(parent), last, norm)
-            found.append(norm)
+            setattr(module.get_submodule(parent), last, made)
+            found.append(made)
     return found
 
 
@@ -188,13 +182,13 @@ def fuse_norms(module: nn.Module, device: torch.device) -> None:
         if type(parent).forward is not nn.Sequential.forward:
             continue
         children: list[tuple[str, Any]] = [("", None), *parent.named_children(), ("", None), ("", None)]
-        for (conv_name, conv), (_, norm), (relu_name, relu), (pool_name, pool) in zip(
+        for (conv_name, conv), (_, stand_in), (relu_name, relu), (pool_name, pool) in zip(
             children, children[1:], children[2:], children[3:], strict=False
         ):
-            if not (_fusible(norm, device) and type(relu) is nn.ReLU and not _watched(relu)):
+            if not (_fusible(stand_in, device) and type(relu) is nn.ReLU and not _watched(relu)):
                 continue
             pools = isinstance(pool, nn.MaxPool2d) and _halves(pool) and not _watched(pool)
-            norm.pool = 2 if pools else 1
+            stand_in.pool = 2 if pools else 1
             setattr(parent, relu_name, nn.Identity())
             if pools:
                 setattr(parent, pool_name, nn.Identity())
@@ -202,18 +196,18 @@ def fuse_norms(module: nn.Module, device: torch.device) -> None:
                 setattr(parent, conv_name, DeferredConv(conv))
 
 
-def _fusible(norm: Any, device: torch.device) -> bool:
+def _fusible(module: Any, device: torch.device) -> bool:
     return (
-        isinstance(norm, EpisodeNorm)
-        and norm.two_dimensional
-        and norm.weight is not None
-        and norm_kernel.available(device, norm.weight.dtype)
-        and not _watched(norm)
+        isinstance(module, EpisodeNorm)
+        and module.two_dimensional
+        and module.weight is not None
+        and norm.available(device, module.weight.dtype)
+        and not _watched(module)
     )
 
 
 def _few_numbers(conv: Any, device: torch.device) -> bool:
-    """Whether a convolution is one that :func:`first_block` computes."""
+    """Whether a convolution is one that :func:`~metadist.inner.kernels.patches.first_block` computes."""
     return (
         type(conv) is nn.Conv2d
         and conv.groups == 1

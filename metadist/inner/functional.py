@@ -84,9 +84,10 @@ class FunctionalModel:
         now = Pass(rows, step, evaluation and self.batchnorm == "running", self._seen)
         for norm in self.norms:
             norm.now = now
-        products = AsProducts(fast=self.convolution == "winograd")
+        direct = self.convolution == "direct"
+        products = contextlib.nullcontext() if direct else AsProducts(fast=self.convolution == "winograd")
         # Of the forms of attention only this one can be differentiated twice.
-        with contextlib.nullcontext() if self.convolution == "direct" else products, sdpa_kernel(SDPBackend.MATH):
+        with products, sdpa_kernel(SDPBackend.MATH):
             output = functional_call(self.module, {**self.buffers, **params}, (x,), strict=True)
         return output[rows:] if rows else output
 

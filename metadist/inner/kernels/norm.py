@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from metadist.inner.kernels.build import function
+from metadist.inner.kernels.groups import members
 
 _SOURCE = Path(__file__).with_name("norm.cpp")
 
@@ -191,16 +192,12 @@ def _folded(fn: Any, n: int, dims: Any, tensors: Any, weights: tuple[int, ...], 
         options: its other arguments.
     """
     share = all(dims[i] is None and len(tensors[i]) == 1 for i in weights)
-    groups = max(len(t.movedim(d, 0)[0]) if d is not None else len(t) for t, d in zip(tensors, dims, strict=False))
-    folded = []
-    for i, (t, d) in enumerate(zip(tensors, dims, strict=False)):
-        if i in weights and share:
-            folded.append(t)
-            continue
-        t = t.expand(n, *t.shape) if d is None else t.movedim(d, 0)
-        if t.shape[1] < groups:
-            t = t.expand(n, groups, *t.shape[2:])
-        folded.append(t.flatten(0, 1))
+    moved = [members(t, d, n) for t, d in zip(tensors, dims, strict=False)]
+    groups = max(t.shape[1] for t in moved)
+    folded = [
+        tensors[i] if i in weights and share else t.expand(n, groups, *t.shape[2:]).flatten(0, 1)
+        for i, t in enumerate(moved)
+    ]
     made = fn.apply(*folded, *options)
     return tuple(m.unflatten(0, (n, -1)) for m in made), (0,) * len(made)
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from metadist.inner.kernels.build import function
 from metadist.inner.kernels.columns import output_size
+from metadist.inner.kernels.groups import members
 
 _SOURCE = Path(__file__).with_name("patches.cpp")
 
@@ -211,12 +212,7 @@ class _Moments(torch.autograd.Function):
 
 def _folded(n: int, dims: Any, tensors: Any) -> list[Any]:
     """The tensors of ``n`` members as those of so many more groups."""
-    folded = []
-    for t, d in zip(tensors, dims, strict=False):
-        if t is not None:
-            t = (t.expand(n, *t.shape) if d is None else t.movedim(d, 0)).flatten(0, 1)
-        folded.append(t)
-    return folded
+    return [None if t is None else members(t, d, n).flatten(0, 1) for t, d in zip(tensors, dims, strict=False)]
 
 
 def _refuse(wanted: bool) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from metadist.inner.kernels.build import function
+from metadist.inner.kernels.groups import members
 
 _SOURCE = Path(__file__).with_name("winograd.cpp")
 
@@ -31,6 +32,12 @@ class _Shape(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in (
         "groups", "weight_groups", "batch", "height", "width", "inputs", "outputs", "pad_h", "pad_w", "out_h", "out_w",
     )]  # fmt: skip
+
+    @classmethod
+    def of(cls, x: Tensor, y: Tensor, weight_groups: int, padding: list[int]) -> _Shape:
+        """That of a convolution of ``x`` to ``y``."""
+        *outer, inputs = x.shape
+        return cls(outer[0], weight_groups, *outer[1:], inputs, y.shape[-1], *padding, *y.shape[2:4])
 
 
 def _compiled(name: str, like: Tensor) -> Any:
@@ -54,9 +61,7 @@ def convolve(x: Tensor, weight: Tensor, padding: list[int]) -> Tensor:
     y = _convolve_shape(x, weight, padding)
     if (compiled := _compiled("convolve", x)) is None:
         return _plain_convolve(x, weight, padding)
-    groups, batch, height, width, inputs = x.shape
-    shape = _Shape(groups, len(weight), batch, height, width, inputs, y.shape[-1], *padding, *y.shape[2:4])
-    compiled(x.data_ptr(), weight.data_ptr(), y.data_ptr(), shape)
+    compiled(x.data_ptr(), weight.data_ptr(), y.data_ptr(), _Shape.of(x, y, len(weight), padding))
     return y
 
 
@@ -82,9 +87,7 @@ def correlate(x: Tensor, y: Tensor, padding: list[int]) -> Tensor:
     weight = _correlate_shape(x, y, padding)
     if (compiled := _compiled("correlate", x)) is None:
         return _plain_correlate(x, y, padding)
-    groups, batch, height, width, inputs = x.shape
-    shape = _Shape(groups, groups, batch, height, width, inputs, y.shape[-1], *padding, *y.shape[2:4])
-    compiled(x.data_ptr(), y.data_ptr(), weight.data_ptr(), shape)
+    compiled(x.data_ptr(), y.data_ptr(), weight.data_ptr(), _Shape.of(x, y, len(weight), padding))
     return weight
 
 
@@ -133,12 +136,12 @@ class _Convolve(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Tensor, weight: Tensor, padding: Any) -> Any:
         n = info.batch_size
-        x = _member(x, in_dims[0], n)
+        x = members(x, in_dims[0], n)
         if in_dims[1] is None and len(weight) == 1:
             # Shared by all: the members are so many more pictures of one group.
             made = _Convolve.apply(x.transpose(0, 1).flatten(1, 2), weight, padding)
             return made.unflatten(1, (n, -1)).transpose(0, 1), 0
-        weight = _member(weight, in_dims[1], n)
+        weight = members(weight, in_dims[1], n)
         if weight.shape[1] < x.shape[1]:
             weight = weight.expand(-1, x.shape[1], -1, -1, -1, -1)
         return _Convolve.apply(x.flatten(0, 1), weight.flatten(0, 1), padding).unflatten(0, (n, -1)), 0
@@ -163,13 +166,8 @@ class _Correlate(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Tensor, y: Tensor, padding: Any) -> Any:
         n = info.batch_size
-        x, y = (_member(t, d, n).flatten(0, 1) for t, d in zip((x, y), in_dims[:2], strict=True))
+        x, y = (members(t, d, n).flatten(0, 1) for t, d in zip((x, y), in_dims[:2], strict=True))
         return _Correlate.apply(x, y, padding).unflatten(0, (n, -1)), 0
-
-
-def _member(t: Tensor, dim: int | None, n: int) -> Tensor:
-    """``t`` with its vmapped dimension first."""
-    return t.expand(n, *t.shape) if dim is None else t.movedim(dim, 0)
 
 
 def _turned(weight: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from metadist.benchmark import distance
 from metadist.errors import first_line
 from tools.bench.adaptation_parts.ours import SETTINGS, make_ours
 from tools.bench.adaptation_parts.peers import PEERS, make_peer
@@ -111,19 +112,6 @@ def _wanted(name: str, words: tuple[str, ...]) -> bool:
 
 
 # ------------------------------------------------------------------ right or wrong
-
-
-def distance(found: Tensors, wanted: Tensors) -> float:
-    """How far one meta-gradient is from another, over the length of the other.
-
-    Raises:
-        ValueError: their names or shapes differ.
-    """
-    shapes = [{k: tuple(v.shape) for k, v in g.items()} for g in (found, wanted)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(f"the gradient has other tensors: {shapes[0]}, wanted {shapes[1]}")
-    a, b = (torch.cat([g[k].detach().double().flatten() for k in wanted]) for g in (found, wanted))
-    return float((a - b).norm() / b.norm())
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import metadist as md
 from metadist.algorithms import MANN, Algorithm
 from metadist.algorithms.maml import MAML
+from metadist.benchmark import REFERENCE
 from metadist.config import validate
 from metadist.experiment import Experiment
 from metadist.models import MLP, Conv4
@@ -23,7 +24,6 @@ Call = Callable[[], Tensors]
 """A meta-gradient summed over the tasks of a job, by the names of the meta-parameters."""
 
 DTYPES = {torch.float32: "float32", torch.float64: "float64"}
-REFERENCE = {"strategy": "loop", "convolution": "direct", "fused_norm": False}
 
 
 @dataclass(frozen=True)
