@@ -18,7 +18,7 @@ import torch
 
 log = logging.getLogger(__name__)
 
-_FLAGS = ("-O3", "-march=native", "-fno-fast-math", "-shared", "-fPIC")
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-fast-math", "-shared", "-fPIC")
 
 SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 """Ends a function's name, by the numbers it takes."""

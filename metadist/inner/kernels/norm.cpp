@@ -27,21 +27,35 @@ struct Cell : Choice<T, P * P> {
   typedef typename Lanes<T>::V V;
   static constexpr int Q = P * P;
   V x[Q];
-  bool inside[Q];
-  bool whole;
+  int64_t place[Q];     // of each candidate in x, or -1 beyond the picture's edge
+  int64_t output;       // place in y, or -1 where the cell is not whole
+  int64_t c, channels;  // the first channel, and how many there are from it on
 
-  // The cell (i, j) of a picture, channels from c on.
-  void read(const T* picture, const Shape& s, const Constants<T>& k, int64_t i, int64_t j, int64_t c) {
+  // The cell (i, j) of the b-th picture, channels from `first` on.
+  void read(const T* from, const Shape& s, const Constants<T>& k, int64_t b, int64_t i, int64_t j, int64_t first) {
+    c = first, channels = s.channels - first;
     const V scale = Lanes<T>::load(k.scale + c), offset = Lanes<T>::load(k.offset + c);
-    whole = true;
+    const int64_t corner = ((b * s.height + i * P) * s.width + j * P) * s.channels + c;
+    bool whole = true;
     for (int q = 0; q < Q; q++) {
       const int64_t y = i * P + q / P, z = j * P + q % P;
-      inside[q] = y < s.height && z < s.width;
-      whole = whole && inside[q];
-      x[q] = inside[q] ? Lanes<T>::load(picture + (y * s.width + z) * s.channels + c, s.channels - c) : V{};
+      const bool inside = y < s.height && z < s.width;
+      place[q] = inside ? corner + (q / P * s.width + q % P) * s.channels : -1;
+      whole = whole && inside;
+      x[q] = inside ? Lanes<T>::load(from + place[q], channels) : V{};
       this->u[q] = scale * x[q] + offset;
     }
+    output = whole ? ((b * (s.height / P) + i) * (s.width / P) + j) * s.channels + c : -1;
   }
+  // What the output's slope is at each candidate.
+  void slopes(const T* slope, V* to) const {
+    if (output >= 0)
+      this->put_back(Lanes<T>::load(slope + output, channels), to);
+    else
+      for (int q = 0; q < Q; q++) to[q] = V{};
+  }
+  // The q-th candidate, normalised.
+  V normalised(int q, const Constants<T>& k) const { return Lanes<T>::load(k.rstd + c) * x[q] + Lanes<T>::load(k.centre + c); }
 };
 
 // Means and inverse standard deviations of one group's pictures.
@@ -98,21 +112,18 @@ Constants<T> constants(const T* mean, const T* rstd, const T* weight, const T* b
   return {k, k + padded, k + 2 * padded, k + 3 * padded};
 }
 
-// Calls visit(cell, picture's place in x, place in y or -1 where no output is, row, c) for every cell of one group, row by
-// row of cells and block by block of channels; end(row's end) is told the block of channels.
+// Calls visit(cell) for every cell of one group, row by row of cells and in it block by block of channels; before and
+// after a row's block begin() and end(c), after a picture end_picture().
 template <typename T, int P, typename Begin, typename Visit, typename End, typename EndPicture>
 void each_cell(const T* x, const Shape& s, const Constants<T>& k, Begin begin, Visit visit, End end, EndPicture end_picture) {
-  constexpr int N = Lanes<T>::N;
-  const int64_t rows = (s.height + P - 1) / P, columns = (s.width + P - 1) / P, out_h = s.height / P, out_w = s.width / P;
   for (int64_t b = 0; b < s.batch; b++) {
-    const T* picture = x + b * s.height * s.width * s.channels;
-    for (int64_t i = 0; i < rows; i++)
-      for (int64_t c = 0; c < s.channels; c += N) {
-        begin(c);
-        for (int64_t j = 0; j < columns; j++) {
+    for (int64_t i = 0; i < (s.height + P - 1) / P; i++)
+      for (int64_t c = 0; c < s.channels; c += Lanes<T>::N) {
+        begin();
+        for (int64_t j = 0; j < (s.width + P - 1) / P; j++) {
           Cell<T, P> cell;
-          cell.read(picture, s, k, i, j, c);
-          visit(cell, b, i, j, cell.whole ? ((b * out_h + i) * out_w + j) * s.channels + c : -1, c);
+          cell.read(x, s, k, b, i, j, c);
+          visit(cell);
         }
         end(c);
       }
@@ -120,18 +131,46 @@ void each_cell(const T* x, const Shape& s, const Constants<T>& k, Begin begin, V
   }
 }
 
+template <typename T, int P, typename Visit>
+void each_cell(const T* x, const Shape& s, const Constants<T>& k, Visit visit) {
+  each_cell<T, P>(x, s, k, [] {}, visit, [](int64_t) {}, [] {});
+}
+
+// The sums over all cells of one group of the K numbers a channel that add(cell, sums) adds to.
+template <typename T, int P, int K, typename Add>
+Sums<T> sums_of_cells(const T* x, const Shape& s, const Constants<T>& k, Add add) {
+  typedef typename Lanes<T>::V V;
+  Sums<T> sums(K, s.channels);
+  V row[K];
+  const auto begin = [&] { std::fill(row, row + K, V{}); };
+  const auto end = [&](int64_t c) {
+    for (int n = 0; n < K; n++) sums.add(n, c, row[n]);
+  };
+  each_cell<T, P>(x, s, k, begin, [&](const Cell<T, P>& cell) { add(cell, row); }, end, [&] { sums.end_picture(); });
+  return sums;
+}
+
+// Numbers of one group before and after pooling.
+template <int P>
+struct Sizes {
+  int64_t in, out;
+  explicit Sizes(const Shape& s)
+      : in(s.batch * s.height * s.width * s.channels), out(s.batch * (s.height / P) * (s.width / P) * s.channels) {}
+};
+
+// Where the g-th group's weights begin.
+int64_t weights_of(int64_t g, const Shape& s) { return s.weight_groups > 1 ? g * s.channels : 0; }
+
 template <typename T, int P>
 void forward(const T* x, const T* weight, const T* bias, T* y, T* mean, T* rstd, const Shape& s) {
-  const int64_t in = s.batch * s.height * s.width * s.channels, out = s.batch * (s.height / P) * (s.width / P) * s.channels;
-  for (int64_t g = 0; g < s.groups; g++, x += in, y += out, mean += s.channels, rstd += s.channels) {
-    const int64_t w = s.weight_groups > 1 ? g * s.channels : 0;
+  const Sizes<P> sizes(s);
+  for (int64_t g = 0; g < s.groups; g++, x += sizes.in, y += sizes.out, mean += s.channels, rstd += s.channels) {
+    const int64_t w = weights_of(g, s);
     statistics(x, mean, rstd, s);
     const auto k = constants(mean, rstd, weight + w, bias + w, s);
-    auto nothing = [](int64_t) {};
-    each_cell<T, P>(x, s, k, nothing, [&](const Cell<T, P>& cell, int64_t, int64_t, int64_t, int64_t at, int64_t c) {
-      if (at < 0) return;
-      Lanes<T>::store(y + at, cell.value(), s.channels - c);
-    }, nothing, [] {});
+    each_cell<T, P>(x, s, k, [&](const Cell<T, P>& cell) {
+      if (cell.output >= 0) Lanes<T>::store(y + cell.output, cell.value(), cell.channels);
+    });
   }
 }
 
@@ -140,40 +179,33 @@ void backward(const T* slope, const T* x, const T* mean, const T* rstd, const T*
               T* g_bias, const Shape& s) {
   typedef typename Lanes<T>::V V;
   constexpr int Q = P * P;
-  const int64_t in = s.batch * s.height * s.width * s.channels, out = s.batch * (s.height / P) * (s.width / P) * s.channels;
+  const Sizes<P> sizes(s);
   const int64_t padded = Lanes<T>::padded(s.channels);
   const double count = double(s.batch) * s.height * s.width;
   std::vector<T> means(2 * padded);
-  for (int64_t g = 0; g < s.groups; g++, x += in, g_x += in, slope += out, mean += s.channels, rstd += s.channels,
-               g_weight += s.channels, g_bias += s.channels) {
-    const int64_t w = s.weight_groups > 1 ? g * s.channels : 0;
+  for (int64_t g = 0; g < s.groups; g++, x += sizes.in, g_x += sizes.in, slope += sizes.out, mean += s.channels,
+               rstd += s.channels, g_weight += s.channels, g_bias += s.channels) {
+    const int64_t w = weights_of(g, s);
     const auto k = constants(mean, rstd, weight + w, bias + w, s);
-    Sums<T> sums(2, s.channels);
-    V one, two;
-    each_cell<T, P>(x, s, k, [&](int64_t) { one = two = V{}; },
-      [&](const Cell<T, P>& cell, int64_t, int64_t, int64_t, int64_t at, int64_t c) {
-        if (at < 0) return;
-        V to[Q];
-        cell.put_back(Lanes<T>::load(slope + at, s.channels - c), to);
-        const V r = Lanes<T>::load(k.rstd + c), m = Lanes<T>::load(k.centre + c);
-        for (int q = 0; q < Q; q++) one += to[q], two += to[q] * (r * cell.x[q] + m);
-      }, [&](int64_t c) { sums.add(0, c, one), sums.add(1, c, two); }, [&] { sums.end_picture(); });
+    const auto sums = sums_of_cells<T, P, 2>(x, s, k, [&](const Cell<T, P>& cell, V* sum) {
+      if (cell.output < 0) return;
+      V to[Q];
+      cell.slopes(slope, to);
+      for (int q = 0; q < Q; q++) sum[0] += to[q], sum[1] += to[q] * cell.normalised(q, k);
+    });
     for (int64_t c = 0; c < s.channels; c++) {
       g_bias[c] = T(sums.of(0, c)), g_weight[c] = T(sums.of(1, c));
       means[c] = T(sums.of(0, c) / count), means[padded + c] = T(sums.of(1, c) / count);
     }
-    auto nothing = [](int64_t) {};
-    each_cell<T, P>(x, s, k, nothing, [&](const Cell<T, P>& cell, int64_t b, int64_t i, int64_t j, int64_t at, int64_t c) {
-      V to[Q]{};
-      if (at >= 0) cell.put_back(Lanes<T>::load(slope + at, s.channels - c), to);
-      const V r = Lanes<T>::load(k.rstd + c), m = Lanes<T>::load(k.centre + c), a = Lanes<T>::load(k.scale + c);
-      const V m_g = Lanes<T>::load(means.data() + c), m_gx = Lanes<T>::load(means.data() + padded + c);
-      for (int q = 0; q < Q; q++) {
-        if (!cell.inside[q]) continue;
-        T* place = g_x + ((b * s.height + i * P + q / P) * s.width + j * P + q % P) * s.channels + c;
-        Lanes<T>::store(place, a * (to[q] - m_g - (r * cell.x[q] + m) * m_gx), s.channels - c);
-      }
-    }, nothing, [] {});
+    each_cell<T, P>(x, s, k, [&](const Cell<T, P>& cell) {
+      V to[Q];
+      cell.slopes(slope, to);
+      const V a = Lanes<T>::load(k.scale + cell.c);
+      const V m_g = Lanes<T>::load(means.data() + cell.c), m_gx = Lanes<T>::load(means.data() + padded + cell.c);
+      for (int q = 0; q < Q; q++)
+        if (cell.place[q] >= 0)
+          Lanes<T>::store(g_x + cell.place[q], a * (to[q] - m_g - cell.normalised(q, k) * m_gx), cell.channels);
+    });
   }
 }
 
@@ -183,32 +215,26 @@ void second(const T* p, const T* q_w, const T* q_b, const T* slope, const T* x, 
             const T* weight, const T* bias, T* d_slope, T* d_x, T* d_weight, const Shape& s) {
   typedef typename Lanes<T>::V V;
   constexpr int Q = P * P;
-  const int64_t in = s.batch * s.height * s.width * s.channels, out = s.batch * (s.height / P) * (s.width / P) * s.channels;
+  const Sizes<P> sizes(s);
   const int64_t padded = Lanes<T>::padded(s.channels);
   const double count = double(s.batch) * s.height * s.width;
   // Rows: mean of p, of p xhat, q, t; then the coefficients of p, g, 1 and xhat in d_x.
   std::vector<T> kept(8 * padded);
   T* n = kept.data();
-  for (int64_t g = 0; g < s.groups; g++, p += in, x += in, d_x += in, slope += out, d_slope += out, mean += s.channels,
-               rstd += s.channels, q_w += s.channels, q_b += s.channels, d_weight += s.channels) {
-    const int64_t w = s.weight_groups > 1 ? g * s.channels : 0;
+  for (int64_t g = 0; g < s.groups; g++, p += sizes.in, x += sizes.in, d_x += sizes.in, slope += sizes.out,
+               d_slope += sizes.out, mean += s.channels, rstd += s.channels, q_w += s.channels, q_b += s.channels,
+               d_weight += s.channels) {
+    const int64_t w = weights_of(g, s);
     const auto k = constants(mean, rstd, weight + w, bias + w, s);
-    const auto load_p = [&](int64_t b, int64_t i, int64_t j, int q, int64_t c) {
-      return Lanes<T>::load(p + ((b * s.height + i * P + q / P) * s.width + j * P + q % P) * s.channels + c, s.channels - c);
-    };
-    Sums<T> sums(5, s.channels);
-    V sum[5];
-    each_cell<T, P>(x, s, k, [&](int64_t) { for (V& v : sum) v = V{}; },
-      [&](const Cell<T, P>& cell, int64_t b, int64_t i, int64_t j, int64_t at, int64_t c) {
-        V to[Q]{};
-        if (at >= 0) cell.put_back(Lanes<T>::load(slope + at, s.channels - c), to);
-        const V r = Lanes<T>::load(k.rstd + c), m = Lanes<T>::load(k.centre + c);
-        for (int q = 0; q < Q; q++) {
-          if (!cell.inside[q]) continue;
-          const V v = load_p(b, i, j, q, c), xhat = r * cell.x[q] + m;
-          sum[0] += v, sum[1] += v * xhat, sum[2] += to[q], sum[3] += to[q] * xhat, sum[4] += v * to[q];
-        }
-      }, [&](int64_t c) { for (int e = 0; e < 5; e++) sums.add(e, c, sum[e]); }, [&] { sums.end_picture(); });
+    const auto sums = sums_of_cells<T, P, 5>(x, s, k, [&](const Cell<T, P>& cell, V* sum) {
+      V to[Q];
+      cell.slopes(slope, to);
+      for (int q = 0; q < Q; q++) {
+        if (cell.place[q] < 0) continue;
+        const V v = Lanes<T>::load(p + cell.place[q], cell.channels), xhat = cell.normalised(q, k);
+        sum[0] += v, sum[1] += v * xhat, sum[2] += to[q], sum[3] += to[q] * xhat, sum[4] += v * to[q];
+      }
+    });
     for (int64_t c = 0; c < s.channels; c++) {
       const double m_p = sums.of(0, c) / count, m_px = sums.of(1, c) / count, m_g = sums.of(2, c) / count,
                    m_gx = sums.of(3, c) / count, m_pg = sums.of(4, c) / count;
@@ -220,21 +246,19 @@ void second(const T* p, const T* q_w, const T* q_b, const T* slope, const T* x, 
       n[4 * padded + c] = T(-r * wr * m_gx), n[5 * padded + c] = T(r * (q - wr * m_px));
       n[6 * padded + c] = T(-r * h_mean), n[7 * padded + c] = T(-r * h_x - wr * r * curve);
     }
-    auto nothing = [](int64_t) {};
-    each_cell<T, P>(x, s, k, nothing, [&](const Cell<T, P>& cell, int64_t b, int64_t i, int64_t j, int64_t at, int64_t c) {
-      V to[Q]{}, values[Q]{};
-      if (at >= 0) cell.put_back(Lanes<T>::load(slope + at, s.channels - c), to);
-      const auto of = [&](int row) { return Lanes<T>::load(n + row * padded + c); };
-      const V r = Lanes<T>::load(k.rstd + c), m = Lanes<T>::load(k.centre + c), a = Lanes<T>::load(k.scale + c);
+    each_cell<T, P>(x, s, k, [&](const Cell<T, P>& cell) {
+      V to[Q], values[Q]{};
+      cell.slopes(slope, to);
+      const auto of = [&](int row) { return Lanes<T>::load(n + row * padded + cell.c); };
+      const V a = Lanes<T>::load(k.scale + cell.c);
       for (int q = 0; q < Q; q++) {
-        if (!cell.inside[q]) continue;
-        const V v = load_p(b, i, j, q, c), xhat = r * cell.x[q] + m;
+        if (cell.place[q] < 0) continue;
+        const V v = Lanes<T>::load(p + cell.place[q], cell.channels), xhat = cell.normalised(q, k);
         values[q] = a * (v - of(0) - xhat * of(1)) + of(2) * xhat + of(3);
-        T* place = d_x + ((b * s.height + i * P + q / P) * s.width + j * P + q % P) * s.channels + c;
-        Lanes<T>::store(place, of(4) * v + of(5) * to[q] + of(6) + of(7) * xhat, s.channels - c);
+        Lanes<T>::store(d_x + cell.place[q], of(4) * v + of(5) * to[q] + of(6) + of(7) * xhat, cell.channels);
       }
-      if (at >= 0) Lanes<T>::store(d_slope + at, cell.picked(values), s.channels - c);
-    }, nothing, [] {});
+      if (cell.output >= 0) Lanes<T>::store(d_slope + cell.output, cell.picked(values), cell.channels);
+    });
   }
 }
 

@@ -1,4 +1,6 @@
 // 3x3 convolutions with stride 1 by Winograd's minimal filtering F(4x4, 3x3), for groups with weights of their own.
+#include <type_traits>
+
 #include "lanes.h"
 
 using lanes::buffer;
@@ -15,7 +17,7 @@ struct Shape {
 };
 
 // One dimension of the transforms: of inputs (6 to 6), of outputs (6 to 4), its transpose (4 to 6), of weights (3 to 6)
-// and its transpose (6 to 3); from d, every s-th, to o, every t-th. 
+// and its transpose (6 to 3); from d, every s-th, to o, every t-th.
 template <typename V> inline void input6(const V* d, int s, V* o, int t) {
   V d0 = d[0], d1 = d[s], d2 = d[2 * s], d3 = d[3 * s], d4 = d[4 * s], d5 = d[5 * s];
   V a = d4 - 4 * d2, b = d3 - 4 * d1, c = d4 - d2, e = 2 * (d3 - d1);
@@ -85,29 +87,45 @@ void product(const T* a, int64_t row, int64_t step, const T* b, int64_t rows, in
   for (; n < columns; n += N) strip<T, 1, Add>(a, row, step, b + n, columns, rows, depth, c + n, columns);
 }
 
+// The tiles of 4x4 outputs of one group's pictures.
 struct Tiles {
   int64_t across, each, all;
   explicit Tiles(const Shape& s) : across((s.out_w + 3) / 4), each((s.out_h + 3) / 4 * across), all(s.batch * each) {}
+  // Picture of the n-th tile, and its first row and column of outputs.
+  struct Place {
+    int64_t picture, top, left;
+  };
+  Place place(int64_t n) const { return {n / each, n % each / across * 4, n % each % across * 4}; }
 };
 
-// Tiles [first, first + count) of x [batch, height, width, channels] to v [36, kBlock, padded channels].
+// The numbers of one group's pictures, of which a tile may reach beyond the edge.
 template <typename T>
-void take_inputs(const T* x, T* v, const Shape& s, const Tiles& tiles, int64_t first, int64_t count) {
+struct Pictures {
+  T* numbers;
+  int64_t height, width, channels;
+  bool inside(int64_t y, int64_t x) const { return y >= 0 && y < height && x >= 0 && x < width; }
+  T* at(int64_t picture, int64_t y, int64_t x, int64_t c) const {
+    return numbers + ((picture * height + y) * width + x) * channels + c;
+  }
+  // N by N positions of a picture from (y, x) on, channels from c on; zeros beyond the edge.
+  template <int N, typename V>
+  void load(int64_t picture, int64_t y, int64_t x, int64_t c, V* to) const {
+    for (int i = 0; i < N; i++)
+      for (int j = 0; j < N; j++)
+        to[i * N + j] = inside(y + i, x + j) ? Lanes<std::remove_const_t<T>>::load(at(picture, y + i, x + j, c), channels - c) : V{};
+  }
+};
+
+// Tiles [first, first + count) of x, with what the filters reach around them, to v [36, kBlock, padded channels].
+template <typename T>
+void take_inputs(Pictures<const T> x, T* v, const Shape& s, const Tiles& tiles, int64_t first, int64_t count) {
   typedef typename Lanes<T>::V V;
-  constexpr int N = Lanes<T>::N;
-  const int64_t channels = s.inputs, padded = Lanes<T>::padded(channels);
+  const int64_t padded = Lanes<T>::padded(x.channels);
   for (int64_t p = 0; p < count; p++) {
-    const int64_t b = (first + p) / tiles.each, at = (first + p) % tiles.each;
-    const int64_t top = at / tiles.across * 4 - s.pad_h, left = at % tiles.across * 4 - s.pad_w;
-    const T* picture = x + b * s.height * s.width * channels;
-    for (int64_t c = 0; c < channels; c += N) {
+    const auto [picture, top, left] = tiles.place(first + p);
+    for (int64_t c = 0; c < x.channels; c += Lanes<T>::N) {
       V d[36], e[36];
-      for (int i = 0; i < 6; i++)
-        for (int j = 0; j < 6; j++) {
-          const int64_t y = top + i, z = left + j;
-          const bool inside = y >= 0 && y < s.height && z >= 0 && z < s.width;
-          d[i * 6 + j] = inside ? Lanes<T>::load(picture + (y * s.width + z) * channels + c, channels - c) : V{};
-        }
+      x.template load<6>(picture, top - s.pad_h, left - s.pad_w, c, d);
       for (int j = 0; j < 6; j++) input6(d + j, 6, e + j, 6);
       for (int i = 0; i < 6; i++) input6(e + i * 6, 1, d + i * 6, 1);
       for (int k = 0; k < kPoints; k++) Lanes<T>::store(v + (k * kBlock + p) * padded + c, d[k]);
@@ -115,43 +133,35 @@ void take_inputs(const T* x, T* v, const Shape& s, const Tiles& tiles, int64_t f
   }
 }
 
+// m [36, kBlock, padded channels] to tiles of y.
 template <typename T>
-void put_outputs(const T* m, T* y, const Shape& s, const Tiles& tiles, int64_t first, int64_t count) {
+void put_outputs(const T* m, Pictures<T> y, const Tiles& tiles, int64_t first, int64_t count) {
   typedef typename Lanes<T>::V V;
-  constexpr int N = Lanes<T>::N;
-  const int64_t channels = s.outputs, padded = Lanes<T>::padded(channels);
+  const int64_t padded = Lanes<T>::padded(y.channels);
   for (int64_t p = 0; p < count; p++) {
-    const int64_t b = (first + p) / tiles.each, at = (first + p) % tiles.each;
-    const int64_t top = at / tiles.across * 4, left = at % tiles.across * 4;
-    T* picture = y + b * s.out_h * s.out_w * channels;
-    for (int64_t c = 0; c < channels; c += N) {
+    const auto [picture, top, left] = tiles.place(first + p);
+    for (int64_t c = 0; c < y.channels; c += Lanes<T>::N) {
       V d[36], e[24], o[16];
       for (int k = 0; k < kPoints; k++) d[k] = Lanes<T>::load(m + (k * kBlock + p) * padded + c);
       for (int j = 0; j < 6; j++) output6(d + j, 6, e + j, 6);
       for (int i = 0; i < 4; i++) output6(e + i * 6, 1, o + i * 4, 1);
-      for (int i = 0; i < 4 && top + i < s.out_h; i++)
-        for (int j = 0; j < 4 && left + j < s.out_w; j++)
-          Lanes<T>::store(picture + ((top + i) * s.out_w + left + j) * channels + c, o[i * 4 + j], channels - c);
+      for (int i = 0; i < 4 && top + i < y.height; i++)
+        for (int j = 0; j < 4 && left + j < y.width; j++)
+          Lanes<T>::store(y.at(picture, top + i, left + j, c), o[i * 4 + j], y.channels - c);
     }
   }
 }
 
+// The transpose of put_outputs().
 template <typename T>
-void spread_outputs(const T* y, T* m, const Shape& s, const Tiles& tiles, int64_t first, int64_t count) {
+void spread_outputs(Pictures<const T> y, T* m, const Tiles& tiles, int64_t first, int64_t count) {
   typedef typename Lanes<T>::V V;
-  constexpr int N = Lanes<T>::N;
-  const int64_t channels = s.outputs, padded = Lanes<T>::padded(channels);
+  const int64_t padded = Lanes<T>::padded(y.channels);
   for (int64_t p = 0; p < count; p++) {
-    const int64_t b = (first + p) / tiles.each, at = (first + p) % tiles.each;
-    const int64_t top = at / tiles.across * 4, left = at % tiles.across * 4;
-    const T* picture = y + b * s.out_h * s.out_w * channels;
-    for (int64_t c = 0; c < channels; c += N) {
+    const auto [picture, top, left] = tiles.place(first + p);
+    for (int64_t c = 0; c < y.channels; c += Lanes<T>::N) {
       V d[36], e[24], o[16];
-      for (int i = 0; i < 4; i++)
-        for (int j = 0; j < 4; j++) {
-          const bool inside = top + i < s.out_h && left + j < s.out_w;
-          o[i * 4 + j] = inside ? Lanes<T>::load(picture + ((top + i) * s.out_w + left + j) * channels + c, channels - c) : V{};
-        }
+      y.template load<4>(picture, top, left, c, o);
       for (int j = 0; j < 4; j++) spread4(o + j, 4, e + j, 4);
       for (int i = 0; i < 6; i++) spread4(e + i * 4, 1, d + i * 6, 1);
       for (int k = 0; k < kPoints; k++) Lanes<T>::store(m + (k * kBlock + p) * padded + c, d[k]);
@@ -190,48 +200,53 @@ void put_weights(const T* u, T* w, const Shape& s) {
     }
 }
 
+// Calls block(inputs, outputs, first, count) for a few tiles at a time of the g-th group.
+template <typename T, typename Y, typename Block>
+void each_block(const T* x, Y* y, int64_t g, const Shape& s, const Tiles& tiles, Block block) {
+  const Pictures<const T> in{x + g * s.batch * s.height * s.width * s.inputs, s.height, s.width, s.inputs};
+  const Pictures<Y> out{y + g * s.batch * s.out_h * s.out_w * s.outputs, s.out_h, s.out_w, s.outputs};
+  for (int64_t first = 0; first < tiles.all; first += kBlock)
+    block(in, out, first, std::min<int64_t>(kBlock, tiles.all - first));
+}
+
+// Room for transformed weights, and for a block of transformed inputs and outputs, with the lengths of their parts.
+template <typename T>
+struct Room {
+  int64_t in, out, of_u, of_v, of_m;
+  T *u, *v, *m;
+  explicit Room(const Shape& s)
+      : in(Lanes<T>::padded(s.inputs)), out(Lanes<T>::padded(s.outputs)), of_u(s.inputs * out), of_v(kBlock * in),
+        of_m(kBlock * out), u(buffer<T>(0, kPoints * of_u)), v(buffer<T>(1, kPoints * of_v)), m(buffer<T>(2, kPoints * of_m)) {}
+};
+
 template <typename T>
 void convolve(const T* x, const T* w, T* y, const Shape& s) {
   const Tiles tiles(s);
-  const int64_t in = Lanes<T>::padded(s.inputs), out = Lanes<T>::padded(s.outputs);
-  T* u = buffer<T>(0, kPoints * s.inputs * out);
-  T* v = buffer<T>(1, kPoints * kBlock * in);
-  T* m = buffer<T>(2, kPoints * kBlock * out);
+  const Room<T> r(s);
   for (int64_t g = 0; g < s.groups; g++) {
-    if (g < s.weight_groups) take_weights(w + g * 9 * s.inputs * s.outputs, u, s);
-    const T* xs = x + g * s.batch * s.height * s.width * s.inputs;
-    T* ys = y + g * s.batch * s.out_h * s.out_w * s.outputs;
-    for (int64_t first = 0; first < tiles.all; first += kBlock) {
-      const int64_t count = std::min<int64_t>(kBlock, tiles.all - first);
-      take_inputs(xs, v, s, tiles, first, count);
+    if (g < s.weight_groups) take_weights(w + g * 9 * s.inputs * s.outputs, r.u, s);
+    each_block(x, y, g, s, tiles, [&](Pictures<const T> in, Pictures<T> out, int64_t first, int64_t count) {
+      take_inputs(in, r.v, s, tiles, first, count);
       for (int64_t k = 0; k < kPoints; k++)
-        product<T, false>(v + k * kBlock * in, in, 1, u + k * s.inputs * out, count, out, s.inputs, m + k * kBlock * out);
-      put_outputs(m, ys, s, tiles, first, count);
-    }
+        product<T, false>(r.v + k * r.of_v, r.in, 1, r.u + k * r.of_u, count, r.out, s.inputs, r.m + k * r.of_m);
+      put_outputs(r.m, out, tiles, first, count);
+    });
   }
 }
 
 template <typename T>
 void correlate(const T* x, const T* y, T* w, const Shape& s) {
   const Tiles tiles(s);
-  const int64_t in = Lanes<T>::padded(s.inputs), out = Lanes<T>::padded(s.outputs);
-  T* u = buffer<T>(0, kPoints * s.inputs * out);
-  T* v = buffer<T>(1, kPoints * kBlock * in);
-  T* m = buffer<T>(2, kPoints * kBlock * out);
+  const Room<T> r(s);
   for (int64_t g = 0; g < s.groups; g++) {
-    const T* xs = x + g * s.batch * s.height * s.width * s.inputs;
-    const T* ys = y + g * s.batch * s.out_h * s.out_w * s.outputs;
-    for (int64_t first = 0; first < tiles.all; first += kBlock) {
-      const int64_t count = std::min<int64_t>(kBlock, tiles.all - first);
-      take_inputs(xs, v, s, tiles, first, count);
-      spread_outputs(ys, m, s, tiles, first, count);
-      for (int64_t k = 0; k < kPoints; k++) {
-        const T *a = v + k * kBlock * in, *b = m + k * kBlock * out;
-        T* c = u + k * s.inputs * out;
-        first ? product<T, true>(a, 1, in, b, s.inputs, out, count, c) : product<T, false>(a, 1, in, b, s.inputs, out, count, c);
-      }
-    }
-    put_weights(u, w + g * 9 * s.inputs * s.outputs, s);
+    std::memset(r.u, 0, sizeof(T) * kPoints * r.of_u);
+    each_block(x, y, g, s, tiles, [&](Pictures<const T> in, Pictures<const T> out, int64_t first, int64_t count) {
+      take_inputs(in, r.v, s, tiles, first, count);
+      spread_outputs(out, r.m, tiles, first, count);
+      for (int64_t k = 0; k < kPoints; k++)
+        product<T, true>(r.v + k * r.of_v, 1, r.in, r.m + k * r.of_m, s.inputs, r.out, count, r.u + k * r.of_u);
+    });
+    put_weights(r.u, w + g * 9 * s.inputs * s.outputs, s);
   }
 }
 
