@@ -27,15 +27,12 @@ from metadist.config.schema import RuntimeConfig
 from metadist.errors import ClusterError, MetadistError, first_line
 from metadist.experiment import Experiment
 from metadist.outer.gradient import Block
-from metadist.runtime.backend import Computed, Died, Event, Joined
+from metadist.runtime.backend import ALLOCATOR, Computed, Died, Event, Joined
 from metadist.server import ParameterServer
 from metadist.worker import Lease, MetaWorker, Report
 
 _START_TIMEOUT_S = 300.0
 _CONNECT_TIMEOUT_S = 20.0
-
-# glibc hands large temporaries back to the system at once and pays for them again at each step.
-_ALLOCATOR = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000:glibc.malloc.top_pad=67108864"
 
 
 @ray.remote
@@ -252,7 +249,7 @@ def connect(runtime: RuntimeConfig) -> bool:
     if ray.is_initialized():
         return False
     environment = {
-        "GLIBC_TUNABLES": _ALLOCATOR,
+        "GLIBC_TUNABLES": ALLOCATOR,
         "OMP_NUM_THREADS": str(runtime.threads_per_worker),
         "PYTHONPATH": os.pathsep.join(dict.fromkeys([os.getcwd(), *filter(None, sys.path)])),
     }

@@ -49,10 +49,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # for tools.bench, from wherever this is run
 
+from metadist.runtime.backend import ALLOCATOR  # noqa: E402
 from tools.bench.adaptation_parts import measure, report  # noqa: E402
 from tools.bench.adaptation_parts.workloads import WORKLOADS, make_job  # noqa: E402
 
-ALLOCATOR = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000:glibc.malloc.top_pad=67108864"
 ROUNDS, QUICK_ROUNDS = 5, 2
 
 

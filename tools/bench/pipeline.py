@@ -45,6 +45,10 @@ from metadist.episode import Episode, EpisodeBatch, Examples
 from metadist.tasks.shards import ShardTasks
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # for tools.bench, from wherever this is run
+
+from tools.bench._tables import show_table  # noqa: E402
+
 CONFIG = ROOT / "configs" / "omniglot_5way1shot_maml.yaml"
 PARTS = ("images_background", "images_evaluation")
 FOLDER = "folder of files"
@@ -467,19 +471,7 @@ def cells(found: Row) -> list[str]:
     return [found["workload"], found["implementation"], *rates]
 
 
-def show(rows: list[Row]) -> None:
-    """A table on a terminal, else lines of tab-separated cells."""
-    head = ["workload", "implementation", "episodes/s", "x folder", "data wait"]
-    if not sys.stdout.isatty():
-        print("\n".join("\t".join(line) for line in [head, *map(cells, rows)]))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*head)
-    for found in rows:
-        table.add_row(*cells(found))
-    Console().print(table)
+COLUMNS = ("workload", "implementation", "episodes/s", "x folder", "data wait")
 
 
 def measure(chosen: Sequence[str], size: Size, peers: Path) -> tuple[list[Row], str]:
@@ -526,7 +518,7 @@ def main() -> None:
     torch.set_num_threads(1)
     size = TINY if options.tiny else QUICK if options.quick else Size()
     rows, what = measure(options.workloads, size, options.peers.resolve())
-    show(rows)
+    show_table(COLUMNS, [cells(found) for found in rows], words=2)
     if options.json:
         setup = {
             "date": datetime.date.today().isoformat(),

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from tools.bench._tables import show_table
 
 COLUMNS = ("implementation", "ms/task", "x fastest peer", "wall ms", "first call s", "peak MB", "GFLOP/s", "of sgemm",
            "float32 error", "float64 error")  # fmt: skip
@@ -35,18 +33,7 @@ def show(title: str, result: dict[str, Any]) -> None:
     if best := result.get("attainable_gflops"):
         heading += f"; attainable GFLOP/s: sgemm {best['sgemm']:.0f}, 3x3 convolution {best['conv3x3']:.0f}"
     rows = sorted(result["rows"], key=lambda r: r["ms_per_task"])
-    if sys.stdout.isatty():
-        table = Table(title=heading, title_justify="left")
-        for i, column in enumerate(COLUMNS):
-            table.add_column(column, justify="right" if i else "left")
-        for row in rows:
-            table.add_row(*cells(row))
-        Console().print(table)
-    else:
-        print(heading)
-        print("\t".join(COLUMNS))
-        for row in rows:
-            print("\t".join(cells(row)))
+    show_table(COLUMNS, [cells(row) for row in rows], heading)
     for name, why in result["left_out"].items():
         print(f"left out: {name}: {why}")
     print(flush=True)

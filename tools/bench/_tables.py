@@ -1,0 +1,32 @@
+"""How benchmarks show their rows."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+
+def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "", words: int = 1) -> None:
+    """A table on a terminal, lines of tab-separated cells elsewhere.
+
+    Args:
+        columns: their names.
+        rows: the cells of each.
+        title: stands above, if there is one.
+        words: leading columns that hold words; the others hold numbers.
+    """
+    if sys.stdout.isatty():
+        table = Table(title=title or None, title_justify="left")
+        for i, column in enumerate(columns):
+            table.add_column(column, justify="left" if i < words else "right")
+        for row in rows:
+            table.add_row(*row)
+        Console().print(table)
+        return
+    if title:
+        print(title)
+    for line in (columns, *rows):
+        print("\t".join(line))
