@@ -18,6 +18,7 @@ from metadist.errors import ConfigError
 from metadist.inner import Convolution, Engine, FunctionalModel, choose_strategy, compiler_missing
 from metadist.inner.engine import Strategy
 from metadist.inner.kernels import available as kernels_available
+from metadist.inner.optimizers import make_optimizer
 from metadist.models import MLP, Conv4, Flatten, ResNet12
 from metadist.seeding import Rng
 from metadist.tasks.base import TaskSource
@@ -238,6 +239,8 @@ class Experiment:
         if ":" in options.get("loss", ""):
             options["loss"] = import_object("algorithm.loss", options["loss"])
         with _refusals("algorithm"):
+            if "inner_optimizer" in options:
+                options["inner_optimizer"] = make_optimizer(**options["inner_optimizer"])
             return BUILT_IN[section.type](**options)
 
 

@@ -12,6 +12,7 @@ from metadist.algorithms.losses import LossFunction, Objective
 from metadist.algorithms.maml import MAML
 from metadist.episode import Episode, Examples
 from metadist.inner import Engine, FunctionalModel, Tensors
+from metadist.inner.optimizers import InnerOptimizer
 
 
 class HeadAndBody(MAML):
@@ -31,8 +32,9 @@ class HeadAndBody(MAML):
         head: str | None = None,
         loss: str | LossFunction = "auto",
         metric: str = "auto",
+        inner_optimizer: InnerOptimizer | None = None,
     ) -> None:
-        super().__init__(inner_lr, inner_steps, evaluation_inner_steps, first_order, loss, metric)
+        super().__init__(inner_lr, inner_steps, evaluation_inner_steps, first_order, loss, metric, inner_optimizer)
         self.head = head
 
     def prepare(self, module: nn.Module, example: Episode) -> nn.Module:

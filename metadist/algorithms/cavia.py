@@ -11,6 +11,7 @@ from metadist.algorithms.losses import LossFunction
 from metadist.algorithms.maml import MAML
 from metadist.episode import Episode, Examples
 from metadist.inner import Tensors
+from metadist.inner.optimizers import InnerOptimizer
 
 CONTEXT = "context"
 
@@ -73,8 +74,9 @@ class CAVIA(MAML):
         modulation: Literal["shift", "film"] = "shift",
         loss: str | LossFunction = "auto",
         metric: str = "auto",
+        inner_optimizer: InnerOptimizer | None = None,
     ) -> None:
-        super().__init__(inner_lr, inner_steps, evaluation_inner_steps, first_order, loss, metric)
+        super().__init__(inner_lr, inner_steps, evaluation_inner_steps, first_order, loss, metric, inner_optimizer)
         if context_size < 1:
             raise ValueError(f"context_size must be at least 1, not {context_size}")
         if modulation not in ("shift", "film"):

@@ -13,6 +13,7 @@ from metadist.algorithms.maml import MAML
 from metadist.episode import EpisodeBatch, Examples
 from metadist.inner import Tensors, curvature, gradients
 from metadist.inner.adjoint import adapt
+from metadist.inner.optimizers import InnerOptimizer
 
 RESIDUAL = "cg_residual"
 
@@ -46,8 +47,13 @@ class IMAML(MAML):
         cg_steps: int = 5,
         loss: str | LossFunction = "auto",
         metric: str = "auto",
+        inner_optimizer: InnerOptimizer | None = None,
     ) -> None:
-        super().__init__(inner_lr, inner_steps, evaluation_inner_steps, False, loss, metric)
+        super().__init__(inner_lr, inner_steps, evaluation_inner_steps, False, loss, metric, inner_optimizer)
+        if self.inner_optimizer.learned:
+            raise ValueError(
+                "inner_optimizer.learned must be false: the implicit gradient does not depend on the way to the minimum"
+            )
         if not proximity > 0:
             raise ValueError(f"proximity must be positive, not {proximity}")
         if cg_steps < 1:
@@ -62,9 +68,8 @@ class IMAML(MAML):
         shared["anchor"] = fast
         return shared, fast
 
-    def update(self, shared: Any, fast: Tensors, gradient: Tensors, k: int) -> Tensors:
-        pull = {name: self.proximity * (fast[name] - shared["anchor"][name]) for name in fast}
-        return {name: fast[name] - self.inner_lr * (gradient[name] + pull[name]) for name in fast}
+    def slope(self, shared: Any, fast: Tensors, gradient: Tensors) -> Tensors:
+        return {k: gradient[k] + self.proximity * (fast[k] - shared["anchor"][k]) for k in fast}
 
     def meta_gradient(self, meta_params: Tensors, batch: EpisodeBatch) -> TaskResults:
         tasks = (batch.support, batch.query)
@@ -75,10 +80,10 @@ class IMAML(MAML):
         self, meta_params: Tensors, constants: Tensors, support: Examples, query: Examples
     ) -> tuple[Tensors, tuple[Any, Tensors]]:
         problem = self.problem(self.inner_steps)
-        shared, (fast, seen) = adapt(problem, meta_params, constants, support)
+        shared, (fast, seen, _) = adapt(problem, meta_params, constants, support)
         fast = {k: v.detach() for k, v in fast.items()}
-        _, (metrics, seen) = problem.objective(shared, (fast, seen), support, query, self.inner_steps)
-        right = gradients(lambda f: problem.objective(shared, (f, seen), support, query, self.inner_steps)[0], fast)
+        _, (metrics, seen) = problem.objective(shared, (fast, seen, {}), support, query, self.inner_steps)
+        right = gradients(lambda f: problem.objective(shared, (f, seen, {}), support, query, self.inner_steps)[0], fast)
         hessian = curvature(lambda f: self.support_loss(shared, f, support, self.inner_steps, False), fast)
 
         def operator(v: Tensors) -> Tensors:

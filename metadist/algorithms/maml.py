@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,6 +14,10 @@ from metadist.episode import EpisodeBatch, Examples
 from metadist.inner import Engine, FunctionalModel, InnerProblem, Tensors
 from metadist.inner.adjoint import adapt
 from metadist.inner.gradients import gradients_and_aux
+from metadist.inner.optimizers import SGD, InnerOptimizer, Moments
+
+OPTIMIZER = "inner_optimizer/"
+LOG_LR = "log_lr"
 
 
 class MAML(Algorithm):
@@ -21,14 +26,17 @@ class MAML(Algorithm):
     With ``theta_0`` the initialisation and ``theta_{k+1} = theta_k - inner_lr * grad L_support(theta_k)``,
     the meta-gradient is that of ``L_query(theta_K)`` with respect to ``theta_0``, exact to second order.
 
-    Relatives override :meth:`start` (what is adapted, what is only read, from where it sets out) and
-    :meth:`rate` or :meth:`update` (what a step makes of a gradient).
+    Relatives override :meth:`start` (what is adapted, what is only read, from where it sets out),
+    :meth:`slope` (what a step goes down) and :meth:`rate` (how far).
 
     Args:
         inner_lr: step size of the inner loop.
         inner_steps: its steps K in training.
         evaluation_inner_steps: its steps in evaluation and use; None takes ``inner_steps``.
         first_order: leave out the second derivatives (section 5.2 of the paper).
+        inner_optimizer: what a step makes of a gradient; None takes plain gradient descent. One that is ``learned``
+            adds its hyper-parameters to the meta-parameters as ``inner_optimizer/NAME``, among them the step size
+            as ``log_lr``.
         loss: ``auto``, ``cross_entropy``, ``binary_cross_entropy``, ``mse`` or a function of (output, target).
         metric: ``auto``, ``accuracy``, ``auc`` or ``mean_squared_error``.
     """
@@ -41,6 +49,7 @@ class MAML(Algorithm):
         first_order: bool = False,
         loss: str | LossFunction = "auto",
         metric: str = "auto",
+        inner_optimizer: InnerOptimizer | None = None,
     ) -> None:
         if not inner_lr > 0:
             raise ValueError(f"inner_lr must be positive, not {inner_lr}")
@@ -49,6 +58,7 @@ class MAML(Algorithm):
                 raise ValueError(f"{name} must be at least 1, not {steps}")
         self.inner_lr, self.inner_steps, self.first_order = inner_lr, inner_steps, first_order
         self.loss, self.metric = loss, metric
+        self.inner_optimizer = SGD() if inner_optimizer is None else inner_optimizer
         self.evaluation_inner_steps = inner_steps if evaluation_inner_steps is None else evaluation_inner_steps
         self.exact = not first_order  # type: ignore[misc]
 
@@ -63,19 +73,24 @@ class MAML(Algorithm):
         """
         fast = {k: meta_params[k] for k in self.parameter_names if self.adapts(k)}
         rest = [k for k in (*self.parameter_names, *self.model.averages()) if k not in fast]
-        return {"params": {k: meta_params[k] for k in rest}, "constants": constants}, fast
+        learned = {k: meta_params[OPTIMIZER + k] for k in self._learned_by_optimizer()}
+        return {"params": {k: meta_params[k] for k in rest}, "constants": constants, "optimizer": learned}, fast
 
     def adapts(self, name: str) -> bool:
         """Whether the inner loop changes a parameter of the model."""
         return True
 
-    def update(self, shared: Any, fast: Tensors, gradient: Tensors, k: int) -> Tensors:
-        """The adapted tensors after step ``k``, from the gradient of the support loss."""
-        return {name: fast[name] - self.rate(shared, name, k) * gradient[name] for name in fast}
+    def slope(self, shared: Any, fast: Tensors, gradient: Tensors) -> Tensors:
+        """What the optimizer is given: the gradient of the support loss, and what a relative adds to it."""
+        return gradient
 
     def rate(self, shared: Any, name: str, k: int) -> float | Tensor:
         """The step size of a parameter in step ``k``."""
-        return self.inner_lr
+        return shared["optimizer"][LOG_LR].exp() if LOG_LR in shared["optimizer"] else self.inner_lr
+
+    def has_rates(self) -> bool:
+        """Whether the learner learns step sizes of its own, in place of a single one."""
+        return False
 
     def params(self, shared: Any, fast: Tensors) -> Tensors:
         """The model's parameters, from what is shared and what is adapted."""
@@ -106,7 +121,10 @@ class MAML(Algorithm):
         return super().bind(model, objective, engine)
 
     def initial_meta_params(self) -> Tensors:
-        return {**self.model.initial_params(), **self.model.initial_statistics(self.inner_steps + 1)}
+        params = self.model.initial_params()
+        like = next(iter(params.values()))
+        learned = {OPTIMIZER + k: like.new_tensor(v) for k, v in self._learned_by_optimizer().items()}
+        return {**params, **self.model.initial_statistics(self.inner_steps + 1), **learned}
 
     def meta_gradient(self, meta_params: Tensors, batch: EpisodeBatch) -> TaskResults:
         problem = self.problem(self.inner_steps)
@@ -115,7 +133,7 @@ class MAML(Algorithm):
 
     def adapt(self, meta_params: Tensors, support: Examples, *, evaluation: bool = False) -> Tensors:
         steps = self.evaluation_inner_steps if evaluation else self.inner_steps
-        shared, (fast, _) = adapt(self.problem(steps, evaluation), meta_params, self.constants(), support)
+        shared, (fast, *_) = adapt(self.problem(steps, evaluation), meta_params, self.constants(), support)
         return self.params(shared, fast)
 
     def predict(self, adapted: Tensors, support: Examples, x: Tensor, *, evaluation: bool = False) -> Tensor:
@@ -126,6 +144,21 @@ class MAML(Algorithm):
         return self.output(self.params(shared, fast), support, x, 0, evaluation)
 
     # ----------------------------------------------------------------- the inner loop as the engine takes it
+
+    def update(
+        self, shared: Any, fast: Tensors, gradient: Tensors, moments: Moments, k: int
+    ) -> tuple[Tensors, Moments]:
+        """What is adapted after step ``k``, from the gradient of the support loss; what the optimizer remembers."""
+        slope = self.slope(shared, fast, gradient)
+        direction, moments = self.inner_optimizer.direction(slope, moments, k, shared["optimizer"])
+        return {name: fast[name] - self.rate(shared, name, k) * direction[name] for name in fast}, moments
+
+    def _learned_by_optimizer(self) -> dict[str, float]:
+        """The inner optimizer's learned hyper-parameters and what they start from."""
+        if not self.inner_optimizer.learned:
+            return {}
+        rate = {} if self.has_rates() else {LOG_LR: math.log(self.inner_lr)}
+        return {**rate, **self.inner_optimizer.hyperparameters()}
 
     def problem(self, steps: int, evaluation: bool = False) -> InnerProblem:
         """The inner loop; one object for each kind, as the engine keeps what it compiled for it."""
@@ -143,26 +176,27 @@ class MAML(Algorithm):
         return self.first_order
 
     def _make_problem(self, steps: int, evaluation: bool, first_order: bool, every_step: bool) -> InnerProblem:
-        """The state that the inner loop changes is (what is adapted, BatchNorm statistics seen on the way)."""
+        """The state that the inner loop changes is what is adapted, BatchNorm statistics seen on the way, moments."""
 
         def start(meta_params: Tensors, constants: Tensors, support: Examples) -> tuple[Any, Any]:
             with self.model.recording() as now:
                 shared, fast = self.start(meta_params, constants, support, evaluation)
             blank = {} if evaluation else {k: torch.zeros_like(meta_params[k]) for k in self.model.averages()}
-            return shared, (fast, _noted(blank, now, 0))
+            return shared, (fast, _noted(blank, now, 0), self.inner_optimizer.start(fast))
 
         def step(shared: Any, state: Any, support: Examples, k: int) -> Any:
-            fast, seen = state
+            fast, seen, moments = state
 
             def loss(fast: Tensors) -> tuple[Tensor, Tensors]:
                 with self.model.recording() as now:
                     return self.support_loss(shared, fast, support, k, evaluation), now
 
             gradient, now = gradients_and_aux(loss, fast)
-            return self.update(shared, fast, gradient, k), _noted(seen, now, k)
+            fast, moments = self.update(shared, fast, gradient, moments, k)
+            return fast, _noted(seen, now, k), moments
 
         def objective(shared: Any, state: Any, support: Examples, query: Examples, k: int) -> tuple[Tensor, Any]:
-            fast, seen = state
+            fast, seen, _ = state
             with self.model.recording() as now:
                 output = self.output(self.params(shared, fast), support, query.x, k, evaluation)
             loss, metrics = self.judge(output, query)

@@ -12,6 +12,7 @@ from metadist.algorithms.maml import MAML
 from metadist.algorithms.meta_sgd import RATES
 from metadist.episode import Examples
 from metadist.inner import Tensors
+from metadist.inner.optimizers import InnerOptimizer
 
 
 class MAMLPlusPlus(MAML):
@@ -41,8 +42,9 @@ class MAMLPlusPlus(MAML):
         per_step_norm: bool = True,
         loss: str | LossFunction = "auto",
         metric: str = "auto",
+        inner_optimizer: InnerOptimizer | None = None,
     ) -> None:
-        super().__init__(inner_lr, inner_steps, evaluation_inner_steps, False, loss, metric)
+        super().__init__(inner_lr, inner_steps, evaluation_inner_steps, False, loss, metric, inner_optimizer)
         for name, count in (
             ("multi_step_loss_updates", multi_step_loss_updates), ("first_order_updates", first_order_updates),
         ):  # fmt: skip
@@ -79,8 +81,11 @@ class MAMLPlusPlus(MAML):
 
     def rate(self, shared: Any, name: str, k: int) -> float | Tensor:
         if not self.learned_rates:
-            return self.inner_lr
+            return super().rate(shared, name, k)
         return shared["rates"][_layer(name)][min(k, self.inner_steps - 1)]
+
+    def has_rates(self) -> bool:
+        return self.learned_rates
 
     def constants(self) -> Tensors:
         weights = step_weights(self.inner_steps, self.moment.version, self.multi_step_loss_updates)

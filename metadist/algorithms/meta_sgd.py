@@ -34,3 +34,6 @@ class MetaSGD(MAML):
 
     def rate(self, shared: Any, name: str, k: int) -> Tensor:
         return shared["rates"][name]
+
+    def has_rates(self) -> bool:
+        return True

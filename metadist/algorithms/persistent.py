@@ -123,7 +123,7 @@ class PES(ES):
         return shared, fast
 
     def rate(self, shared: Any, name: str, k: int) -> float | Tensor:
-        return shared["rates"][name] if self.learned_rate else self.inner_lr
+        return shared["rates"][name] if self.learned_rate else super().rate(shared, name, k)
 
     # ----------------------------------------------------------------- a truncation
 
@@ -196,7 +196,7 @@ class PES(ES):
         total = torch.zeros(())
         for k in range(self.inner_steps):
             slope = gradients(lambda f: self.support_loss(shared, f, support, k, False), fast)  # noqa: B023
-            fast = self.update(shared, fast, slope, k)
+            fast, _ = self.update(shared, fast, slope, {}, k)
             with self.model.recording() as seen:
                 output = self.output(self.params(shared, fast), support, query.x, k + 1, False)
             loss, metrics = self.judge(output, query)

@@ -13,18 +13,19 @@ from metadist.algorithms.maml import MAML
 from metadist.episode import EpisodeBatch, Examples
 from metadist.inner import Tensors
 from metadist.inner.adjoint import adapt
+from metadist.inner.optimizers import InnerOptimizer
 
 
 class Reptile(MAML):
     """Moves the initialisation towards the parameters adapted to each task (Nichol et al. 2018, algorithm 2).
 
     What it hands to the outer optimizer as the gradient is ``(theta_0 - theta_K) / (inner_lr * K)``, the
-    mean gradient along the inner loop, so that rates keep their size when K changes. With plain SGD
+    mean direction of the inner steps, so that rates keep their size when K changes. With plain SGD
     outside, ``outer.lr`` is the paper's ``epsilon * inner_lr * K``.
 
-    Each inner step sees ``inner_batch_size`` support examples, which it takes in turn, as evenly over the
-    classes as they are listed. As the paper does, give more ``shots`` for training than for evaluation
-    (``evaluation.shots``). The query set only serves to watch.
+    Each inner step sees ``inner_batch_size`` support examples, in turn and evenly over the classes. As the paper
+    does, give more ``shots`` for training than for evaluation (``evaluation.shots``). The query set only serves to
+    watch.
 
     Args:
         inner_batch_size: support examples of an inner step in training; None takes all.
@@ -41,8 +42,11 @@ class Reptile(MAML):
         inner_batch_size: int | None = None,
         loss: str | LossFunction = "auto",
         metric: str = "auto",
+        inner_optimizer: InnerOptimizer | None = None,
     ) -> None:
-        super().__init__(inner_lr, inner_steps, evaluation_inner_steps, True, loss, metric)
+        super().__init__(inner_lr, inner_steps, evaluation_inner_steps, True, loss, metric, inner_optimizer)
+        if self.inner_optimizer.learned:
+            raise ValueError("inner_optimizer.learned must be false: reptile has no gradient with respect to it")
         if inner_batch_size is not None and inner_batch_size < 1:
             raise ValueError(f"inner_batch_size must be at least 1, not {inner_batch_size}")
         self.inner_batch_size = inner_batch_size
@@ -70,12 +74,13 @@ class Reptile(MAML):
 
 
 def minibatch(examples: Examples, size: int, k: int) -> Examples:
-    """The ``k``-th batch of ``size`` examples, taken in turn from an order that goes round the set in even strides.
+    """The ``k``-th batch of ``size`` examples, spread evenly over the set; the next batch is one place further on.
 
-    A set that lists class after class is thus read a class at a time in each batch, as far as it goes.
+    Of a set that lists class after class, each batch thus holds as many of one class as of another, as far as that
+    goes, and batches go through all examples before any comes again, if ``size`` divides their number.
     """
     n = len(examples.x)
-    stride = max(1, n // size)
-    order = [i for first in range(stride) for i in range(first, n, stride)]
-    picked = torch.tensor([order[(k * size + j) % n] for j in range(size)], device=examples.x.device)
+    size = min(size, n)
+    shift = k % -(-n // size)
+    picked = torch.tensor([(j * n // size + shift) % n for j in range(size)], device=examples.x.device)
     return Examples(examples.x[picked], examples.y[picked])

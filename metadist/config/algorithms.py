@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from metadist.config.section import CustomConfig, Natural, Positive, PythonConfig, Rate, Section
+from metadist.config.section import CustomConfig, Fraction, Natural, Positive, PythonConfig, Rate, Section
 
 Loss = Annotated[
     str,
@@ -35,7 +35,42 @@ class InnerLoop(Judged):
     evaluation_inner_steps: Positive | None = Field(None, description="the same in evaluation; null: as in training")
 
 
-class SecondOrder(InnerLoop):
+class SGDConfig(Section):
+    """Plain gradient descent."""
+
+    type: Literal["sgd"] = "sgd"
+    learned: bool = Field(False, description="learn the step size, one number for all parameters")
+
+
+class MomentumConfig(Section):
+    """Gradient descent with momentum."""
+
+    type: Literal["momentum"] = "momentum"
+    momentum: Fraction = Field(0.9, description="how much of the step before is kept")
+    nesterov: bool = Field(False, description="look ahead along the step before")
+    learned: bool = Field(False, description="learn the momentum and the step size")
+
+
+class AdamConfig(Section):
+    """Steps of about the same size for every number."""
+
+    type: Literal["adam"] = "adam"
+    betas: tuple[Fraction, Fraction] = Field(
+        (0.9, 0.999), description="how much of the mean gradient and of the mean squared gradient is kept"
+    )
+    eps: Rate = Field(1e-8, description="size of gradients below which steps shrink")
+    learned: bool = Field(False, description="learn both betas and the step size")
+
+
+class ByOptimizer(InnerLoop):
+    """Fields of every learner whose inner steps may be made by an optimizer."""
+
+    inner_optimizer: Annotated[SGDConfig | MomentumConfig | AdamConfig, Field(discriminator="type")] = Field(
+        default_factory=SGDConfig, description="what an inner step makes of a gradient; starts anew with each task"
+    )
+
+
+class SecondOrder(ByOptimizer):
     """Fields of every learner that can leave out second derivatives."""
 
     first_order: bool = Field(False, description="leave out the second derivatives")
@@ -71,7 +106,7 @@ class MetaSGDConfig(SecondOrder):
     type: Literal["meta_sgd"] = "meta_sgd"
 
 
-class MAMLPlusPlusConfig(InnerLoop):
+class MAMLPlusPlusConfig(ByOptimizer):
     """MAML++: learned rates a layer and step, multi-step loss, per-step BatchNorm; steadier over many steps."""
 
     type: Literal["mamlpp"] = "mamlpp"
@@ -94,7 +129,7 @@ class CAVIAConfig(SecondOrder):
     modulation: Literal["shift", "film"] = Field("shift", description="add to the layer's output, or scale it as well")
 
 
-class ReptileConfig(InnerLoop):
+class ReptileConfig(ByOptimizer):
     """Walks towards each task's adapted parameters: no second derivatives, no query set, long inner loops."""
 
     type: Literal["reptile"] = "reptile"
@@ -102,7 +137,7 @@ class ReptileConfig(InnerLoop):
     inner_batch_size: Positive | None = Field(None, description="support examples of an inner step; null: all")
 
 
-class IMAMLConfig(InnerLoop):
+class IMAMLConfig(ByOptimizer):
     """Implicit MAML: meta-gradient by conjugate gradient at the end of a long, proximal inner loop."""
 
     type: Literal["imaml"] = "imaml"

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from metadist.config.algorithms import AlgorithmConfig
-from metadist.config.section import CustomConfig, Natural, Positive, PythonConfig, Rate, Section
+from metadist.config.section import CustomConfig, Fraction, Natural, Positive, PythonConfig, Rate, Section
 
 # --------------------------------------------------------------------------- tasks
 
@@ -187,10 +187,12 @@ class OuterConfig(Section):
 
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     lr: Rate = 1e-3
-    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="for sgd")
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    momentum: Fraction = Field(0.0, description="for sgd")
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    schedule: Literal["constant", "cosine"] = Field("constant", description="of lr over steps; cosine ends at zero")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="of lr over steps; linear and cosine end at zero"
+    )
     warmup_steps: Natural = Field(0, description="steps over which lr rises from zero")
     clip_norm: Rate | None = Field(None, description="largest global norm of the meta-gradient")
     steps: Positive = Field(1000, description="meta-updates of the whole run")

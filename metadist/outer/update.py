@@ -25,14 +25,17 @@ def learning_rate(lr: float, schedule: str, warmup_steps: int, steps: int, versi
 
     Args:
         lr: the rate the schedule scales.
-        schedule: ``constant`` or ``cosine`` (to zero at ``steps``; Loshchilov and Hutter 2017, equation 5).
+        schedule: ``constant``, or to zero at ``steps``: ``linear`` or ``cosine`` (Loshchilov and Hutter 2017,
+            equation 5).
         warmup_steps: steps over which it rises linearly.
         steps: updates of the whole run.
         version: updates made so far, ``0 <= version``.
     """
     scale = min(1.0, (version + 1) / warmup_steps) if warmup_steps else 1.0
-    if schedule == "cosine":
-        done = min(1.0, max(0, version - warmup_steps) / max(1, steps - warmup_steps))
+    done = min(1.0, max(0, version - warmup_steps) / max(1, steps - warmup_steps))
+    if schedule == "linear":
+        scale *= 1.0 - done
+    elif schedule == "cosine":
         scale *= 0.5 * (1.0 + math.cos(math.pi * done))
     return lr * scale
 

@@ -13,6 +13,7 @@ from metadist.algorithms import BUILT_IN, Algorithm, Plan, resolve_objective
 from metadist.episode import Episode, EpisodeBatch, Examples
 from metadist.inner import Engine, FunctionalModel
 from metadist.inner.engine import Strategy
+from metadist.inner.optimizers import make_optimizer
 from metadist.models import MLP, Flatten
 from metadist.tasks.sequences import arrange
 
@@ -42,21 +43,36 @@ class Case:
 
 INNER = {"inner_lr": 0.1, "inner_steps": 2}
 CELL = {"controller_size": 12, "memory_slots": 8, "memory_width": 5, "read_heads": 2}
+ADAM = {"type": "adam", "eps": 1e-4}
 SLOWLY = {"lr": 0.01, "steps": 150}
 
 CASES: dict[str, Case] = {
     "maml": Case("maml", INNER, refused={"inner_lr": 0.0}),
     "maml first order": Case("maml", {**INNER, "first_order": True}, exact=False),
+    "maml sgd learned": Case("maml", {**INNER, "inner_optimizer": {"type": "sgd", "learned": True}}),
+    "maml adam learned": Case(
+        "maml", {**INNER, "inner_steps": 3, "inner_optimizer": {**ADAM, "betas": [0.5, 0.9], "learned": True}},
+        refused={"inner_optimizer": {"type": "adam", "betas": [0.0, 0.9], "learned": True}}),
     "anil": Case("anil", INNER, refused={"head": "nowhere"}),
     "boil": Case("boil", INNER, refused={"inner_steps": 0}),
     "meta_sgd": Case("meta_sgd", INNER, refused={"inner_lr": -1.0}),
+    "meta_sgd momentum learned": Case(
+        "meta_sgd", {**INNER, "inner_steps": 3,
+                     "inner_optimizer": {"type": "momentum", "nesterov": True, "learned": True}},
+        refused={"inner_optimizer": {"type": "momentum", "momentum": 1.0}}),
     "mamlpp": Case("mamlpp", {**INNER, "multi_step_loss_updates": 0}, refused={"multi_step_loss_updates": -1}),
     "mamlpp running": Case("mamlpp", {**INNER, "multi_step_loss_updates": 0}, model="normed"),
     "cavia": Case("cavia", {"inner_lr": 0.5, "inner_steps": 2, "context_size": 3}, refused={"modulation": "bend"}),
     "cavia film": Case("cavia", {"inner_lr": 0.5, "context_size": 3, "modulation": "film"}),
     "reptile": Case("reptile", {**INNER, "inner_steps": 4, "inner_batch_size": 3}, exact=False,
                     refused={"inner_batch_size": 0}),
+    "reptile adam": Case(
+        "reptile", {"inner_lr": 0.1, "inner_steps": 6, "inner_optimizer": {**ADAM, "betas": [0.0, 0.9]}}, exact=False,
+        refused={"inner_optimizer": {"type": "sgd", "learned": True}}),
     "imaml": Case("imaml", {**INNER, "cg_steps": 3}, exact=False, refused={"proximity": 0.0}),
+    "imaml momentum": Case(
+        "imaml", {**INNER, "cg_steps": 3, "inner_optimizer": {"type": "momentum", "momentum": 0.3}}, exact=False,
+        refused={"inner_optimizer": {"type": "adam", "learned": True}}),
     "protomaml": Case("protomaml", INNER, refused={"head": "layers.1"}),
     "protonet": Case("protonet", refused={"distance": "manhattan"}),
     "protonet cosine": Case("protonet", {"distance": "cosine"}),
@@ -143,7 +159,10 @@ def learner_of(
 ) -> Algorithm:
     """The learner bound to its model, in float64, as :class:`metadist.experiment.Experiment` does it."""
     torch.manual_seed(3)
-    algorithm = BUILT_IN[case.type](**case.options)
+    options = dict(case.options)
+    if "inner_optimizer" in options:
+        options["inner_optimizer"] = make_optimizer(**options["inner_optimizer"])
+    algorithm = BUILT_IN[case.type](**options)
     algorithm.plan = Plan(8, 8)
     example = episodes(1, kind=case.tasks)[0]
     example = Episode(*(Examples(s.x.float(), s.y) for s in (example.support, example.query)))

@@ -93,6 +93,11 @@ def test_cosine_values() -> None:
     assert rates == pytest.approx([2.0, 1 + math.sqrt(0.5), 1.0, 1 - math.sqrt(0.5), 0.0, 0.0])
 
 
+def test_linear_values() -> None:
+    rates = [learning_rate(2.0, "linear", 2, 6, v) for v in (0, 1, 2, 4, 6, 9)]
+    assert rates == pytest.approx([1.0, 2.0, 2.0, 1.0, 0.0, 0.0])
+
+
 def test_cosine_starts_after_warmup() -> None:
     rates = [learning_rate(1.0, "cosine", 2, 6, v) for v in (0, 1, 2, 4, 6)]
     assert rates == pytest.approx([0.5, 1.0, 1.0, 0.5, 0.0])
