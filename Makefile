@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# Processes that run the tests: one for those that start Ray, the others share the rest.
+PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help install train test lint test-slow test-gpu chaos bench clean
@@ -26,7 +28,7 @@ train: $(INSTALLED) ## meta-train on glyphs with two workers, a few minutes
 	$(BIN)/metadist train configs/glyphs_maml.yaml
 
 test: $(INSTALLED) ## the tests, then lint, types and the import contract
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadgroup
 	$(MAKE) --no-print-directory lint
 
 lint: $(INSTALLED) ## ruff, mypy and the import contract

@@ -13,10 +13,9 @@ from torch import nn
 
 from metadist.algorithms import BUILT_IN, Algorithm, Plan, outputs_for, resolve_objective
 from metadist.config.schema import ClassTasks, Config
-from metadist.episode import Episode
+from metadist.episode import Episode, EpisodeBatch
 from metadist.errors import ConfigError
-from metadist.inner import Convolution, Engine, FunctionalModel, choose_strategy, compiler_missing
-from metadist.inner.engine import Strategy
+from metadist.inner import Convolution, Engine, FunctionalModel
 from metadist.inner.kernels import available as kernels_available
 from metadist.inner.optimizers import make_optimizer
 from metadist.models import MLP, Conv4, Flatten, ResNet12
@@ -110,7 +109,9 @@ class Experiment:
                 module = algorithm.prepare(module, example)
         strategy = self.config.engine.strategy
         section = self.config.engine
-        engine = Engine("vectorised" if strategy == "auto" else strategy, section.compile, section.recompute)
+        engine = Engine(
+            "vectorised" if strategy == "auto" else strategy, section.compile, section.recompute, section.tasks_together
+        )
         model = FunctionalModel(
             module, device, dtype, self.config.model.batchnorm, self._convolution(engine, device, dtype),
             section.fused_norm is not False,
@@ -119,17 +120,15 @@ class Experiment:
         with _refusals("algorithm"):
             return algorithm.bind(model, objective, engine)
 
-    def resolved(self) -> tuple[Experiment, str]:
-        """The same experiment with its engine decided, and the reason if it is not the one hoped for."""
-        section, reason = self.config.engine, ""
-        strategy, compiled = section.strategy, section.compile
-        if compiled is True and (reason := compiler_missing()):
-            compiled = "trace"
-        if strategy == "auto":
-            strategy, traceable, why = self._choose_strategy(bool(compiled))
-            compiled, reason = compiled if traceable else False, why or reason
-        engine = section.model_copy(update={"strategy": strategy, "compile": compiled})
-        return replace(self, config=self.config.model_copy(update={"engine": engine}), _sources=self._sources), reason
+    def with_engine(self, **changes: Any) -> Experiment:
+        """The same with other fields of ``engine``."""
+        engine = self.config.engine.model_copy(update=changes)
+        return replace(self, config=self.config.model_copy(update={"engine": engine}), _sources=self._sources)
+
+    def first_tasks(self, count: int) -> EpisodeBatch:
+        """The first tasks to learn from, for trying things out; not those of any step."""
+        batch = self.source(self.train_split).episodes(self.config.seed, "example", range(count))
+        return batch.to("cpu", DTYPES[self.config.engine.precision])
 
     def _convolution(self, engine: Engine, device: torch.device | str, dtype: torch.dtype) -> Convolution:
         """How convolutions are computed: a rule over the strategy and the kind of device, never a timing."""
@@ -138,18 +137,6 @@ class Experiment:
             return wanted
         # Neither traced nor compiled, what goes around the products costs more than they save.
         return "winograd" if engine.compile and kernels_available(torch.device(device), dtype) else "direct"
-
-    def _choose_strategy(self, traced: bool) -> tuple[Strategy, bool, str]:
-        learner = self.learner()
-        batch = self.source(self.train_split).episodes(self.config.seed, "example", [0, 1])
-        batch = batch.to("cpu", DTYPES[self.config.engine.precision])
-        learner.plan = Plan(2, 2)
-        params = learner.initial_meta_params()
-
-        def probe(engine: Engine) -> None:
-            learner.bind(learner.model, learner.objective, engine).meta_gradient(params, batch)
-
-        return choose_strategy(learner.model, probe, traced)
 
     def close(self) -> None:
         """Closes every source that was opened."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -19,6 +20,7 @@ from metadist.errors import MetadistError, RunDirError
 from metadist.evaluation import evaluation_round, summarise
 from metadist.experiment import Experiment
 from metadist.outer.gradient import Layout, sha256_of
+from metadist.resolve import in_words, resolve
 from metadist.rundir import RunDirectory
 from metadist.runtime.backend import Backend
 from metadist.runtime.controller import Controller, RoundResult, means
@@ -101,13 +103,13 @@ class _Training:
     """One process's part of a run."""
 
     def __init__(self, experiment: Experiment, run: RunDirectory) -> None:
-        experiment, reason = experiment.resolved()
-        self.experiment, self.run, self.config = experiment, run, experiment.config
-        self.learner: Algorithm = experiment.learner()
+        decided = resolve(experiment)
+        self.experiment, self.run, self.config = decided.experiment, run, decided.experiment.config
+        self.learner: Algorithm = self.experiment.learner()
         self.initial = self.learner.initial_meta_params()
         self.layout = Layout.of(self.initial)
         self.metric = self.learner.objective.metric
-        self.fallback_reason = reason
+        self.decided, self.memory = decided, 0
         self.progress = Progress()
         self.backend: Backend | None = None
 
@@ -118,6 +120,16 @@ class _Training:
         if self.backend is not None:
             self.backend.close()
         self.experiment.close()
+
+    def _about_the_engine(self) -> Iterator[str]:
+        """What a person should know of how tasks are computed."""
+        engine, decided = self.config.engine, self.decided
+        if decided.reason:
+            yield f"tasks are computed by the {engine.strategy}: {decided.reason}"
+        if engine.memory is not None and decided.memory is not None:
+            how = ", inner steps recomputed" if engine.recompute else ""
+            how += f", {engine.tasks_together} tasks at once" if engine.tasks_together else ""
+            yield f"memory: {in_words(decided.memory)} predicted of {in_words(engine.memory)}{how}"
 
     # ----------------------------------------------------------------- from start to end
 
@@ -150,10 +162,8 @@ class _Training:
                 self.progress.wandb_run = wandb.run_id
             for fault in faults:
                 self.trackers.message(f"passed over a damaged checkpoint: {fault}")
-            if self.fallback_reason:
-                self.trackers.message(
-                    f"tasks are computed by the {self.config.engine.strategy}: {self.fallback_reason}"
-                )
+            for line in self._about_the_engine():
+                self.trackers.message(line)
             self.controller = Controller(self.backend, self.config.runtime.lease_timeout_s, self.trackers.message)
             if not resumed:
                 self._checkpoint(snapshot)
@@ -268,11 +278,13 @@ class _Training:
         assert self.backend is not None
         tasks = self.config.outer.meta_batch_size
         step_s = max(result.seconds + server_s, 1e-9)
+        self.memory = max(self.memory, result.memory)
         self.progress.tasks_seen = version * tasks
         self.progress.train_s += step_s
         line: dict[str, Any] = {
             **means(result.metrics), **stats, "tasks_per_s": tasks / step_s, "step_s": step_s,
             "data_wait_s": result.data_wait_s, "server_s": server_s, "staleness": 0,
+            "worker_memory_mb": self.memory / 1e6,
             "workers": len(self.backend.workers()), "worker_s": {str(k): v for k, v in result.worker_s.items()},
         }  # fmt: skip
         self.trackers.log(version, line)
@@ -322,6 +334,7 @@ class _Training:
             "tasks_per_s": totals.tasks_seen / totals.train_s if totals.train_s else 0.0,
             "wall_s": totals.wall_s,
             "workers": len(self.backend.workers()),
+            "worker_memory": {"predicted": self.decided.memory, "measured": self.memory},
             "meta_params_sha256": sha256_of(meta_params),
             "evaluation": result,
             "restarts": totals.restarts,

@@ -15,6 +15,7 @@ import torch
 from metadist.algorithms import Algorithm, Moment, TaskResults
 from metadist.episode import EpisodeBatch
 from metadist.experiment import DTYPES, EpisodeSize, Experiment
+from metadist.inner.memory import resident_growth
 from metadist.outer.gradient import Block, Layout, partial_sums
 from metadist.seeding import Rng
 
@@ -79,6 +80,7 @@ class Report:
         compute_s: seconds of computing.
         data_wait_s: seconds spent waiting for episodes.
         bad_tasks: numbers of the episodes whose loss or gradient is not finite.
+        memory: bytes by which the worker's memory grew at most, since before its first microbatch.
     """
 
     lease: Lease
@@ -86,6 +88,7 @@ class Report:
     compute_s: float
     data_wait_s: float
     bad_tasks: list[int] = field(default_factory=list)
+    memory: int = 0
 
 
 class MetaWorker:
@@ -107,6 +110,7 @@ class MetaWorker:
         self.layout = Layout.of(self.learner.initial_meta_params())
         self._prefetch = Prefetcher(self._episodes)
         self._held: tuple[int, dict[str, torch.Tensor]] | None = None
+        self._memory = resident_growth()
 
     def compute(self, lease: Lease, weights: np.ndarray) -> tuple[Report, dict[Block, np.ndarray]]:
         """Computes a lease.
@@ -136,7 +140,7 @@ class MetaWorker:
             k: np.concatenate([r.metrics[k].double().cpu().numpy().reshape(-1) for r in results])
             for k in results[0].metrics
         }
-        report = Report(lease, metrics, elapsed - waited, waited, bad)
+        report = Report(lease, metrics, elapsed - waited, waited, bad, self._memory())
         if lease.round.kind == "evaluate":
             return report, {}
         flat = (self.layout.flatten(r.gradient).numpy() for r in results)

@@ -25,6 +25,7 @@ STEP = """
 from metadist.config import validate
 from metadist.experiment import Experiment
 from metadist.outer import Layout
+from metadist.resolve import resolve
 from metadist.runtime.controller import Controller
 from metadist.runtime.local import LocalBackend
 from metadist.worker import Round
@@ -33,7 +34,7 @@ config = validate({
     "tasks": {"type": "sinusoid"}, "model": {"type": "mlp", "hidden": [4]}, "algorithm": {"type": "maml"},
     "outer": {"steps": 1, "meta_batch_size": 4}, "runtime": {"type": "local", "gpus_per_worker": 0},
 })
-experiment, reason = Experiment(config).resolved()
+experiment = resolve(Experiment(config)).experiment
 initial = experiment.learner().initial_meta_params()
 backend = LocalBackend(experiment)
 weights = Layout.of(initial).flatten(initial).numpy()

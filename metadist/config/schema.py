@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ByteSize, Field, model_validator
 
 from metadist.config.algorithms import AlgorithmConfig
 from metadist.config.section import CustomConfig, Fraction, Natural, Positive, PythonConfig, Rate, Section
@@ -169,6 +169,14 @@ class EngineConfig(Section):
         False,
         description="in what is traced or compiled, compute each inner step again on the way back: slower, with the "
         "memory of one step in place of all",
+    )
+    memory: Annotated[ByteSize, Field(gt=0)] | None = Field(
+        None,
+        description="the most that computing a microbatch may take beside the model, such as 4GB: steps are recomputed "
+        "and fewer tasks computed together until what is predicted is within it; null: no bound",
+    )
+    tasks_together: Positive | None = Field(
+        None, description="tasks of a microbatch that are computed in one call; null: all; engine.memory may lower it"
     )
     convolution: Literal["auto", "direct", "columns", "winograd"] = Field(
         "auto",

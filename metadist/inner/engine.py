@@ -35,20 +35,27 @@ class Engine:
         compile: ``"trace"`` derives the vectorised meta-gradient once and from then on runs its operators alone, some
             seconds at its first call; True compiles them as well, a minute or two. See :mod:`metadist.inner.program`.
         recompute: in what is traced, compute each inner step again on the way back rather than keep it.
+        together: the most tasks that ``vectorised`` computes in one call, for want of memory; None for all there are.
     """
 
     def __init__(
-        self, strategy: Strategy = "vectorised", compile: Compile = False, recompute: bool = False
+        self,
+        strategy: Strategy = "vectorised",
+        compile: Compile = False,
+        recompute: bool = False,
+        together: int | None = None,
     ) -> None:
         if strategy not in ("vectorised", "adjoint", "loop"):
             raise ValueError(f"strategy must be vectorised, adjoint or loop, not {strategy!r}")
-        self.strategy, self.recompute = strategy, recompute
+        if together is not None and together < 1:
+            raise ValueError(f"together must be at least 1, not {together}")
+        self.strategy, self.recompute, self.together = strategy, recompute, together
         self.compile: Compile = compile if strategy == "vectorised" else False
         self._programs: dict[Any, Program] = {}
 
     def uncompiled(self) -> Engine:
         """The same without compilation, for what is not computed often enough to pay for it."""
-        return Engine(self.strategy) if self.compile else self
+        return Engine(self.strategy, together=self.together) if self.compile else self
 
     def meta_gradient(
         self, problem: InnerProblem, meta_params: Tensors, batch: EpisodeBatch, constants: Tensors | None = None
@@ -77,7 +84,8 @@ class Engine:
             key: what stands for ``one`` from call to call, so that it is compiled once; None for ``one`` itself.
         """
         if self.strategy == "vectorised":
-            return self._program(functools.partial(_vectorised, one), one if key is None else key)(shared, tasks)
+            program = self._program(functools.partial(_vectorised, one), one if key is None else key)
+            return self._summed(program, shared, tasks)
         total: Tensors | None = None
         extras = []
         for task in _unstacked(tasks):
@@ -107,11 +115,13 @@ class Engine:
                 return gradient, pytree.tree_map(lambda t: t[0], extra)
 
             return self.sum_tasks(alone, shared, tasks)
-        return self._program(functools.partial(_together, many), key)(shared, tasks)
+        return self._summed(self._program(functools.partial(_together, many), key), shared, tasks)
 
     def map_tasks(self, fn: Callable[[Examples, Examples], Any], batch: EpisodeBatch) -> Any:
         """``fn(support, query)`` of each task, its outputs stacked with a leading task dimension."""
-        return self.map(lambda support, query: _detached(fn(support, query)), batch.support, batch.query)
+        parts = self._parts((batch.support, batch.query))
+        made = [self.map(lambda support, query: _detached(fn(support, query)), *part) for part in parts]
+        return made[0] if len(made) == 1 else pytree.tree_map(lambda *leaves: torch.cat(leaves), *made)
 
     def map(self, fn: Callable[..., Any], *arguments: Any) -> Any:
         """``fn`` of each member of ``arguments``' leading dimension, its outputs stacked.
@@ -125,6 +135,29 @@ class Engine:
             with self._gradients():
                 results.append(fn(*members))
         return _stack(results)
+
+    def _parts(self, tasks: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+        """``tasks`` as they are computed together."""
+        leaves, spec = pytree.tree_flatten(tasks)
+        if self.strategy != "vectorised" or self.together is None or self.together >= len(leaves[0]):
+            return [tasks]
+        pieces = zip(*(leaf.split(self.together) for leaf in leaves), strict=True)
+        return [pytree.tree_unflatten(list(piece), spec) for piece in pieces]
+
+    def _summed(
+        self, program: Callable[..., Any], shared: tuple[Any, ...], tasks: tuple[Any, ...]
+    ) -> tuple[Tensors, Any]:
+        """The gradients of the parts added in their order, what else there is put together again."""
+        total: Tensors | None = None
+        extras = []
+        for part in self._parts(tasks):
+            gradient, extra = program(shared, part)
+            extras.append(extra)
+            total = gradient if total is None else {k: v + gradient[k] for k, v in total.items()}
+        assert total is not None, "a batch has at least one task"
+        if len(extras) == 1:
+            return total, extras[0]
+        return total, pytree.tree_map(lambda *leaves: torch.cat(leaves), *extras)
 
     def _program(self, fn: Callable[..., Any], key: Any) -> Callable[..., Any]:
         """``fn``, or what was made of it when ``key`` first came."""

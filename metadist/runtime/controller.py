@@ -26,6 +26,7 @@ class RoundResult:
         metrics: per-episode arrays, ``[tasks]`` each, in the order of the episodes.
         worker_s: seconds each worker computed, by its number.
         data_wait_s: seconds workers waited for episodes, the longest of them.
+        memory: bytes by which a worker's memory grew so far, the most of them.
         seconds: from the first lease to the last answer.
     """
 
@@ -33,6 +34,7 @@ class RoundResult:
     metrics: dict[str, np.ndarray]
     worker_s: dict[int, float] = field(default_factory=dict)
     data_wait_s: float = 0.0
+    memory: int = 0
     seconds: float = 0.0
 
 
@@ -137,6 +139,7 @@ class Controller:
         for worker, report in {id(r): (w, r) for w, r in self._reports.values()}.values():
             result.worker_s[worker] = result.worker_s.get(worker, 0.0) + report.compute_s
             result.data_wait_s = max(result.data_wait_s, report.data_wait_s)
+            result.memory = max(result.memory, report.memory)
         return result
 
 

@@ -23,6 +23,7 @@ _PANELS = {
     "staleness": "workers",
     "workers": "workers",
     "releases": "workers",
+    "worker_memory_mb": "workers",
 }
 _SECRET = re.compile(r"(^|[_.-])(key|keys|token|password|passwd|secret|credentials?)$", re.IGNORECASE)
 

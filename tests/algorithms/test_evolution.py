@@ -16,6 +16,7 @@ from metadist.episode import EpisodeBatch, Examples
 from metadist.errors import ConfigError, MetadistError
 from metadist.experiment import Experiment
 from metadist.inner import Engine, FunctionalModel, Tensors
+from metadist.resolve import resolve
 from metadist.worker import Round
 
 from .learners import CASES, episodes, learner_of
@@ -155,8 +156,8 @@ def test_es_takes_an_adapt_that_has_no_derivative(kind: type[ES]) -> None:
 
 def test_a_regression_is_vectorised() -> None:
     for kind in ("es", "pes"):
-        resolved, reason = experiment(kind).resolved()
-        assert resolved.config.engine.strategy == "vectorised", reason
+        found = resolve(experiment(kind))
+        assert found.experiment.config.engine.strategy == "vectorised", found.reason
 
 
 # --------------------------------------------------------------------------- noise

@@ -172,13 +172,14 @@ def test_no_answer_depends_on_what_comes_after_it() -> None:
 
 
 @pytest.mark.skipif(bool(compiler_missing()), reason=f"cannot compile: {compiler_missing()}")
-def test_compiled_equals_eager() -> None:
+@pytest.mark.parametrize("compile", ["trace", pytest.param(True, marks=pytest.mark.slow)])
+def test_traced_and_compiled_equal_eager(compile: bool | str) -> None:
     batch = episodes(2, kind="sequence")
     short = EpisodeBatch(*(Examples(s.x[:, :1], s.y[:, :1]) for s in (batch.support, batch.query)))
     learner = learner_of(CASES["mann"])
     meta_params = moved(learner)
     eager = learner.meta_gradient(meta_params, short)
-    learner.engine = Engine("vectorised", compile=True)
+    learner.engine = Engine("vectorised", compile=compile)  # type: ignore[arg-type]
     for _ in range(2):
         fast = learner.meta_gradient(meta_params, short)
         assert relative(fast.gradient, eager.gradient) < 1e-10

@@ -1,0 +1,130 @@
+"""What a run's engine is, decided once before the first step and kept by the run's config.
+
+By rules over the config, the model and the kind of device, never by a timing: two runs of one config have the same
+bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ByteSize
+
+from metadist.algorithms import Plan
+from metadist.episode import EpisodeBatch, Examples
+from metadist.errors import ConfigError
+from metadist.experiment import Experiment
+from metadist.inner import Engine, Tensors, choose_strategy, compiler_missing
+from metadist.inner.engine import Strategy
+from metadist.inner.memory import peak_bytes, predicted_peak_bytes
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """An experiment whose engine is decided.
+
+    Args:
+        experiment: it.
+        reason: why the engine is not the one hoped for; empty if it is.
+        memory: bytes that a microbatch is predicted to take, where ``engine.memory`` bounds them.
+    """
+
+    experiment: Experiment
+    reason: str = ""
+    memory: int | None = None
+
+
+def resolve(experiment: Experiment) -> Resolved:
+    """Decides the engine of an experiment.
+
+    Raises:
+        ConfigError: the engine asked for does not go with the rest of the config.
+    """
+    section, reason = experiment.config.engine, ""
+    strategy, compiled = section.strategy, section.compile
+    if compiled is True and (reason := compiler_missing()):
+        compiled = "trace"
+    if strategy == "auto":
+        strategy, traceable, why = _strategy(experiment, bool(compiled))
+        compiled, reason = compiled if traceable else False, why or reason
+    experiment, memory = experiment.with_engine(strategy=strategy, compile=compiled), None
+    if section.memory is not None:
+        experiment, memory = _within(experiment, section.memory)
+    return Resolved(experiment, reason, memory)
+
+
+def _strategy(experiment: Experiment, traced: bool) -> tuple[Strategy, bool, str]:
+    learner, batch = experiment.learner(), experiment.first_tasks(2)
+    learner.plan = Plan(2, 2)
+    params = learner.initial_meta_params()
+
+    def probe(engine: Engine) -> None:
+        learner.bind(learner.model, learner.objective, engine).meta_gradient(params, batch)
+
+    return choose_strategy(learner.model, probe, traced)
+
+
+# --------------------------------------------------------------------------- memory
+
+
+def predicted_memory(experiment: Experiment) -> int:
+    """Bytes of tensors that computing one microbatch takes, beside model and data.
+
+    Nothing is computed for it, unless the learner or the model looks at values: then one microbatch is, and counted.
+    What inductor compiles is taken as if traced alone, which needs no less.
+
+    Args:
+        experiment: with ``engine.strategy`` decided.
+    """
+    tasks = int(experiment.config.outer.tasks_per_microbatch)
+    learner = experiment.learner()
+    engine = learner.engine
+    if engine.compile is True:
+        engine = Engine(engine.strategy, "trace", engine.recompute, engine.together)
+        learner.bind(learner.model, learner.objective, engine)
+    params, batch = learner.initial_meta_params(), experiment.first_tasks(tasks)
+
+    def call(meta_params: Tensors, support: Examples, query: Examples) -> Any:
+        return learner.meta_gradient(meta_params, EpisodeBatch(support, query))
+
+    try:
+        return predicted_peak_bytes(call, params, batch.support, batch.query)
+    except (RuntimeError, NotImplementedError, TypeError):
+        call(params, batch.support, batch.query)  # what is traced is traced here
+        return peak_bytes(lambda: call(params, batch.support, batch.query))
+
+
+def _within(experiment: Experiment, budget: int) -> tuple[Experiment, int]:
+    """The first that is predicted to keep to a budget, from fast to frugal, and the prediction."""
+    need = 0
+    for candidate in _frugal(experiment):
+        need = predicted_memory(candidate)
+        if need <= budget:
+            return candidate, need
+    raise ConfigError(
+        "engine.memory",
+        f"is {in_words(budget)}, but a task by itself takes {in_words(need)}",
+        "raise it, or have fewer examples in a task, a smaller model or algorithm.first_order: true",
+    )
+
+
+def _frugal(experiment: Experiment) -> Iterator[Experiment]:
+    """The experiment as it is, then slower ones that need less memory."""
+    yield experiment
+    section = experiment.config.engine
+    if section.strategy != "vectorised":
+        return  # these compute task by task, and recompute
+    together = int(experiment.config.outer.tasks_per_microbatch)
+    together = min(section.tasks_together or together, together)
+    if not section.recompute:
+        yield experiment.with_engine(recompute=True)
+    while together > 1:
+        together = -(-together // 2)
+        yield experiment.with_engine(recompute=True, tasks_together=together)
+
+
+def in_words(size: int) -> str:
+    """A number of bytes for people."""
+    return ByteSize(size).human_readable(decimal=True)
