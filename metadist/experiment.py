@@ -22,7 +22,11 @@ from metadist.models import MLP, Conv4, Flatten, ResNet12
 from metadist.seeding import Rng
 from metadist.tasks.base import TaskSource
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
+"""Of parameters and data, by ``engine.precision``."""
+
+PRODUCTS = {"bfloat16": torch.bfloat16}
+"""What the factors of products are rounded to, where it differs."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,7 @@ class Experiment:
         )
         model = FunctionalModel(
             module, device, dtype, self.config.model.batchnorm, self._convolution(engine, device, dtype),
-            section.fused_norm is not False,
+            section.fused_norm is not False, PRODUCTS.get(section.precision),
         )  # fmt: skip
         objective = resolve_objective(algorithm.loss, example.query.y, algorithm.metric)
         with _refusals("algorithm"):
@@ -136,7 +140,10 @@ class Experiment:
         if wanted != "auto":
             return wanted
         # Neither traced nor compiled, what goes around the products costs more than they save.
-        return "winograd" if engine.compile and kernels_available(torch.device(device), dtype) else "direct"
+        if not engine.compile or not kernels_available(torch.device(device), dtype):
+            return "direct"
+        # Winograd's transforms need the bits that bfloat16 has not.
+        return "columns" if self.config.engine.precision in PRODUCTS else "winograd"
 
     def close(self) -> None:
         """Closes every source that was opened."""

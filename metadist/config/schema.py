@@ -187,7 +187,11 @@ class EngineConfig(Section):
     fused_norm: bool | Literal["auto"] = Field(
         "auto", description="BatchNorm with the ReLU and max pooling after it as one operator, where it can be built"
     )
-    precision: Literal["float32", "float64"] = "float32"
+    precision: Literal["float32", "float64", "bfloat16"] = Field(
+        "float32",
+        description="bfloat16: the factors of convolutions and products alone, in the inner loop and its derivatives; "
+        "parameters, normalisation, losses and the sums of gradients stay float32",
+    )
 
 
 class OuterConfig(Section):

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metadist.inner.batchnorm import MEAN, VAR, BatchNormMode, Pass, adopt_batchnorm, fuse_norms
 from metadist.inner.kernels import AsProducts, Convolution
+from metadist.inner.precision import RoundedProducts
 
 Tensors = dict[str, Tensor]
 
@@ -33,6 +34,8 @@ class FunctionalModel:
         convolution: ``direct``, torch's own; ``columns``, products of matrices for small pictures; or ``winograd``,
             Winograd's form where it applies and ``columns`` elsewhere (:mod:`metadist.inner.kernels`).
         fused_norm: compute BatchNorm with the ReLU and the pooling that follow it by one operator, where it can be had.
+        products: the dtype that the factors of products are rounded to (:mod:`metadist.inner.precision`); None: as
+            they are.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class FunctionalModel:
         batchnorm: BatchNormMode = "transductive",
         convolution: Convolution = "direct",
         fused_norm: bool = False,
+        products: torch.dtype | None = None,
     ) -> None:
         self.module, self.device = copy.deepcopy(module), torch.device(device)
         self.norms = adopt_batchnorm(self.module, batchnorm)
@@ -51,7 +55,7 @@ class FunctionalModel:
             fuse_norms(self.module, self.device)
         self.batchnorm: str = batchnorm if self.norms else "none"
         """The mode, or ``none`` for a model without BatchNorm."""
-        self.convolution = convolution
+        self.convolution, self.products = convolution, products
         self.module.train()
         self._seen: Tensors | None = None
         self.buffers: Tensors = {k: v.detach() for k, v in self.module.named_buffers()}
@@ -84,12 +88,22 @@ class FunctionalModel:
         now = Pass(rows, step, evaluation and self.batchnorm == "running", self._seen)
         for norm in self.norms:
             norm.now = now
-        direct = self.convolution == "direct"
-        products = contextlib.nullcontext() if direct else AsProducts(fast=self.convolution == "winograd")
-        # Of the forms of attention only this one can be differentiated twice.
-        with products, sdpa_kernel(SDPBackend.MATH):
+        with self._ways():
             output = functional_call(self.module, {**self.buffers, **params}, (x,), strict=True)
         return output[rows:] if rows else output
+
+    @contextmanager
+    def _ways(self) -> Iterator[None]:
+        """Within it, torch computes as the model is told to."""
+        with contextlib.ExitStack() as ways:
+            if self.products is not None:
+                ways.enter_context(RoundedProducts(self.products))
+            if self.convolution != "direct":
+                # Entered last, it is asked first: what it makes products of is rounded as any product.
+                ways.enter_context(AsProducts(fast=self.convolution == "winograd"))
+            # Of the forms of attention only this one can be differentiated twice.
+            ways.enter_context(sdpa_kernel(SDPBackend.MATH))
+            yield
 
     @property
     def dtype(self) -> torch.dtype:
@@ -130,7 +144,8 @@ class FunctionalModel:
     def part(self, name: str, params: Mapping[str, Tensor], *inputs: Tensor) -> Tensor:
         """The output of the submodule ``name`` alone, for ``inputs`` of its own."""
         own = {k[len(name) + 1 :]: v for k, v in params.items() if k.startswith(name + ".")}
-        return functional_call(self.module.get_submodule(name), own, inputs, strict=True)
+        with self._ways():
+            return functional_call(self.module.get_submodule(name), own, inputs, strict=True)
 
     # ----------------------------------------------------------------- BatchNorm
 
