@@ -20,6 +20,8 @@ from metadist.episode import EpisodeBatch
 from metadist.errors import ConfigError, first_line
 from metadist.experiment import DTYPES, PRODUCTS, Experiment
 from metadist.inner import Tensors, compiler_missing
+from metadist.inner.memory import peak_bytes
+from metadist.resolve import in_words
 
 REFERENCE = {"strategy": "loop", "compile": False, "convolution": "direct", "fused_norm": False}
 """Plain automatic differentiation, task by task: what every other way must agree with."""
@@ -58,6 +60,7 @@ class Timing:
         way: the way.
         first_s: seconds of its first call, tracing and compilation included.
         error: relative distance of its meta-gradient from the reference's.
+        memory: bytes of the tensors it holds at once, at most; None where inductor decides that.
         seconds: of each timed call, a task.
         reason: why it was not timed; empty if it was.
     """
@@ -65,6 +68,7 @@ class Timing:
     way: Way
     first_s: float = 0.0
     error: float = 0.0
+    memory: int | None = None
     seconds: list[float] = field(default_factory=list)
     reason: str = ""
 
@@ -82,6 +86,7 @@ class Timing:
             "ms_per_task": found,
             "first_call_s": self.first_s,
             "relative_error": self.error,
+            "memory_mb": None if self.memory is None else self.memory / 1e6,
             "ratio_to_best": None if found is None else found / best,
             "reason": self.reason,
         }
@@ -160,6 +165,11 @@ class EngineBench:
         timing.error = distance(found, self._reference(way.tasks))
         if not timing.error <= TOLERANCE[self._experiment.config.engine.precision]:
             timing.reason = f"its gradient is {timing.error:.1e} away from the loop's"
+            return False
+        timing.memory = None if way.compile is True else peak_bytes(call)
+        budget = self._experiment.config.engine.memory
+        if budget is not None and timing.memory is not None and timing.memory > budget:
+            timing.reason = f"it takes {in_words(timing.memory)}, more than engine.memory"
             return False
         self._calls[way] = call
         return True

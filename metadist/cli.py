@@ -143,8 +143,9 @@ def bench(
 ) -> None:
     """Time the ways to run CONFIG's meta-gradient on this machine.
 
-    Each is compared with plain automatic differentiation first. How many tasks are computed together
-    (outer.tasks_per_microbatch) changes the last bits of a run; nothing else that is tried changes what is learned.
+    Each is compared with plain automatic differentiation first, and left out if it takes more than engine.memory.
+    How many tasks are computed together (outer.tasks_per_microbatch) changes the last bits of a run; nothing else that
+    is tried changes what is learned.
 
     \b
     Example:
@@ -174,15 +175,18 @@ def bench(
 
 
 _BENCH_COLUMNS = (
-    "strategy", "compile", "convolution", "recompute", "together", "ms a task", "of the best", "first call", "",
+    "strategy", "compile", "convolution", "recompute", "together", "ms a task", "of the best", "first call", "MB", "error",
+    "",
 )  # fmt: skip
 
 
 def _bench_row(row: dict[str, Any]) -> tuple[str, ...]:
     settings = [str(row[k]) for k in ("strategy", "compile", "convolution", "recompute", "tasks_per_microbatch")]
     if row["ms_per_task"] is None:
-        return (*settings, "", "", "", row["reason"])
-    return (*settings, f"{row['ms_per_task']:.2f}", f"{row['ratio_to_best']:.2f}", f"{row['first_call_s']:.1f} s", "")
+        return (*settings, "", "", "", "", "", row["reason"])
+    memory = "" if row["memory_mb"] is None else f"{row['memory_mb']:.1f}"
+    times = (f"{row['ms_per_task']:.2f}", f"{row['ratio_to_best']:.2f}", f"{row['first_call_s']:.1f} s")
+    return (*settings, *times, memory, f"{row['relative_error']:.0e}", "")
 
 
 @main.command()

@@ -60,6 +60,19 @@ def test_a_way_with_another_gradient_is_not_timed(config: Path, monkeypatch: pyt
     assert wrong and all("away from the loop's" in t.reason and not t.seconds for t in wrong)
 
 
+def test_a_way_that_takes_too_much_memory_is_not_timed(config: Path) -> None:
+    free = EngineBench(load_config(config), rounds=1, compile=False)
+    free.run()
+    sizes = sorted(t.memory for t in free.timings.values() if t.memory)
+    assert sizes[0] < sizes[-1]
+    budget = sizes[len(sizes) // 2]
+    bound = EngineBench(load_config(config, [f"engine.memory={budget}"]), rounds=1, compile=False)
+    best = bound.run()
+    assert best.memory is not None and best.memory <= budget
+    over = [t for t in bound.timings.values() if "more than engine.memory" in t.reason]
+    assert over and not any(t.seconds for t in over)
+
+
 def test_the_reason_is_told_where_every_way_fails(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(self: EngineBench, engine: dict[str, Any], tasks: int) -> Any:
         raise RuntimeError("no rule for this\nand more")
