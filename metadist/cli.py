@@ -175,8 +175,8 @@ def bench(
 
 
 _BENCH_COLUMNS = (
-    "strategy", "compile", "convolution", "recompute", "together", "ms a task", "of the best", "first call", "MB", "error",
-    "",
+    "strategy", "compile", "convolution", "recompute", "together", "ms a task", "of the best", "first call", "MB",
+    "error", "",
 )  # fmt: skip
 
 

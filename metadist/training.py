@@ -109,7 +109,7 @@ class _Training:
         self.initial = self.learner.initial_meta_params()
         self.layout = Layout.of(self.initial)
         self.metric = self.learner.objective.metric
-        self.decided, self.memory = decided, 0
+        self.decided, self.memory, self.programs = decided, 0, 0
         self.progress = Progress()
         self.backend: Backend | None = None
 
@@ -279,6 +279,7 @@ class _Training:
         tasks = self.config.outer.meta_batch_size
         step_s = max(result.seconds + server_s, 1e-9)
         self.memory = max(self.memory, result.memory)
+        self._note_programs(version, result.programs)
         self.progress.tasks_seen = version * tasks
         self.progress.train_s += step_s
         line: dict[str, Any] = {
@@ -288,6 +289,15 @@ class _Training:
             "workers": len(self.backend.workers()), "worker_s": {str(k): v for k, v in result.worker_s.items()},
         }  # fmt: skip
         self.trackers.log(version, line)
+
+    def _note_programs(self, version: int, programs: int) -> None:
+        """Says so if a worker had to trace or compile again in the middle of the run."""
+        if self.programs and programs > self.programs:
+            made = "compiled" if self.config.engine.compile is True else "traced"
+            self.trackers.message(
+                f"step {version}: the meta-gradient was {made} again, for other shapes or another phase of the learner"
+            )
+        self.programs = max(self.programs, programs)
 
     def _evaluate(self, version: int, split: str, episodes: int) -> dict[str, Any]:
         size = self.experiment.evaluation_size
@@ -334,6 +344,7 @@ class _Training:
             "tasks_per_s": totals.tasks_seen / totals.train_s if totals.train_s else 0.0,
             "wall_s": totals.wall_s,
             "workers": len(self.backend.workers()),
+            "programs": self.programs,
             "worker_memory": {"predicted": self.decided.memory, "measured": self.memory},
             "meta_params_sha256": sha256_of(meta_params),
             "evaluation": result,

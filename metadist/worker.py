@@ -81,6 +81,7 @@ class Report:
         data_wait_s: seconds spent waiting for episodes.
         bad_tasks: numbers of the episodes whose loss or gradient is not finite.
         memory: bytes by which the worker's memory grew at most, since before its first microbatch.
+        programs: how many times the worker has traced or compiled something so far.
     """
 
     lease: Lease
@@ -89,6 +90,7 @@ class Report:
     data_wait_s: float
     bad_tasks: list[int] = field(default_factory=list)
     memory: int = 0
+    programs: int = 0
 
 
 class MetaWorker:
@@ -140,7 +142,7 @@ class MetaWorker:
             k: np.concatenate([r.metrics[k].double().cpu().numpy().reshape(-1) for r in results])
             for k in results[0].metrics
         }
-        report = Report(lease, metrics, elapsed - waited, waited, bad, self._memory())
+        report = Report(lease, metrics, elapsed - waited, waited, bad, self._memory(), self.learner.engine.programs)
         if lease.round.kind == "evaluate":
             return report, {}
         flat = (self.layout.flatten(r.gradient).numpy() for r in results)

@@ -136,6 +136,11 @@ class Engine:
                 results.append(fn(*members))
         return _stack(results)
 
+    @property
+    def programs(self) -> int:
+        """How many times something was traced or compiled so far: once for each function and set of shapes."""
+        return sum(program.shapes for program in self._programs.values())
+
     def _parts(self, tasks: tuple[Any, ...]) -> list[tuple[Any, ...]]:
         """``tasks`` as they are computed together."""
         leaves, spec = pytree.tree_flatten(tasks)

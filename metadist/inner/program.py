@@ -9,13 +9,19 @@ differentiate twice.)
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import operator
+import os
 import shutil
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
@@ -59,7 +65,37 @@ class Program:
     ) -> tuple[Callable[..., Any], pytree.TreeSpec]:
         graph, out_spec = trace(self.fn, flat, spec)
         merge_duplicates(graph, data, everything=not self.recompute)
-        return (torch.compile(graph, dynamic=False) if self.inductor else graph), out_spec
+        return (_compiled(graph, flat) if self.inductor else graph), out_spec
+
+
+def _compiled(graph: fx.GraphModule, flat: list[Tensor]) -> Callable[..., Any]:
+    """The graph compiled by inductor, whose cache on disk outlives the process.
+
+    Processes of a machine that want the same graph at the same time take turns: the first compiles it, the others
+    find it in the cache.
+    """
+    program = torch.compile(graph, dynamic=False)
+    with torch.no_grad(), alone(graph.code + str([(t.shape, t.dtype, t.device) for t in flat])):
+        program(*flat)
+    return program
+
+
+@contextmanager
+def alone(what: str) -> Iterator[None]:
+    """Within it, no other process of this machine and user is within it for the same ``what``."""
+    name = hashlib.sha256(what.encode()).hexdigest()[:32]
+    folder = Path(cache_dir())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / f"metadist-{name}.lock", os.O_CREAT | os.O_RDWR)
+    except OSError:  # nothing can be kept there: each compiles for itself
+        yield
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # let go by the system, should the process be killed
+        yield
+    finally:
+        os.close(lock)
 
 
 def trace(fn: Callable[..., Any], flat: list[Tensor], spec: pytree.TreeSpec) -> tuple[fx.GraphModule, pytree.TreeSpec]:

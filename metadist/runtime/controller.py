@@ -27,6 +27,7 @@ class RoundResult:
         worker_s: seconds each worker computed, by its number.
         data_wait_s: seconds workers waited for episodes, the longest of them.
         memory: bytes by which a worker's memory grew so far, the most of them.
+        programs: how many times a worker has traced or compiled something so far, the most of them.
         seconds: from the first lease to the last answer.
     """
 
@@ -35,6 +36,7 @@ class RoundResult:
     worker_s: dict[int, float] = field(default_factory=dict)
     data_wait_s: float = 0.0
     memory: int = 0
+    programs: int = 0
     seconds: float = 0.0
 
 
@@ -140,6 +142,7 @@ class Controller:
             result.worker_s[worker] = result.worker_s.get(worker, 0.0) + report.compute_s
             result.data_wait_s = max(result.data_wait_s, report.data_wait_s)
             result.memory = max(result.memory, report.memory)
+            result.programs = max(result.programs, report.programs)
         return result
 
 
