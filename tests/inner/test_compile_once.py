@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -30,24 +29,24 @@ print(json.dumps([found["fxgraph_cache_miss"], found["fxgraph_cache_hit"], float
 
 def test_processes_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    inside: list[int] = []
-    most: list[int] = []
+    met = threading.Barrier(2)
+    broken: list[str] = []
 
-    def enter(what: str) -> None:
+    def meet(what: str, patience_s: float) -> None:
         with alone(what):
-            inside.append(1)
-            most.append(len(inside))
-            time.sleep(0.05)
-            inside.pop()
+            try:
+                met.wait(patience_s)
+            except threading.BrokenBarrierError:
+                broken.append(what)
 
-    for names, together in ((["a"] * 4, 1), (["a", "b"], 2)):
-        most.clear()
-        threads = [threading.Thread(target=enter, args=(n,)) for n in names]
+    for names, patience_s, apart in ((["a", "b"], 60.0, 0), (["a", "a"], 0.3, 2)):
+        met.reset()
+        threads = [threading.Thread(target=meet, args=(n, patience_s)) for n in names]
         for t in threads:
             t.start()
         for t in threads:
             t.join()
-        assert max(most) == together
+        assert len(broken) == apart, "those who want different things meet, those who want the same do not"
 
 
 def test_where_nothing_can_be_kept_each_compiles_for_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,6 +56,7 @@ def test_where_nothing_can_be_kept_each_compiles_for_itself(tmp_path: Path, monk
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(compiler_missing()), reason=f"cannot compile: {compiler_missing()}")
 def test_of_processes_that_start_together_one_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import json
