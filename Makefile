@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# Processes that run the tests: one for those that start Ray, the others share the rest.
+# Processes that run the tests, file by file.
 PROCESSES ?= 2
 
 .DEFAULT_GOAL := help

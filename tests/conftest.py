@@ -10,15 +10,11 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
-STARTS_RAY = {"ray", "test_bad_input.py", "test_examples.py", "test_readme.py", "test_shipped_configs.py"}
-"""Files and folders under tests/ that start a Ray cluster."""
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For ``pytest -n``: a file is run by one process, and all that start Ray by the same, one after the other."""
+    """For ``pytest -n``: a file is run by one process, and so is all of ``tests/ray``, one test after the other."""
     for item in items:
         inner = item.path.relative_to(ROOT / "tests")
-        item.add_marker(pytest.mark.xdist_group("ray" if inner.parts[0] in STARTS_RAY else str(inner)))
+        item.add_marker(pytest.mark.xdist_group("ray" if inner.parts[0] == "ray" else str(inner)))
 
 
 @pytest.fixture(scope="session")
