@@ -16,9 +16,8 @@ import torch
 
 from metadist.algorithms import Algorithm
 from metadist.config import Config
-from metadist.episode import EpisodeBatch
 from metadist.errors import ConfigError, first_line
-from metadist.experiment import DTYPES, PRODUCTS, Experiment
+from metadist.experiment import PRODUCTS, Experiment
 from metadist.inner import Tensors, compiler_missing
 from metadist.inner.memory import peak_bytes
 from metadist.resolve import in_words
@@ -182,7 +181,7 @@ class EngineBench:
         return self._wanted[tasks]
 
     def _call(self, engine: dict[str, Any], tasks: int) -> Callable[[], Tensors]:
-        learner, batch = self._learner(engine), self._batch(tasks)
+        learner, batch = self._learner(engine), self._experiment.first_tasks(tasks)
         params = {k: v.detach() for k, v in learner.initial_meta_params().items()}
 
         def call() -> Tensors:
@@ -192,14 +191,7 @@ class EngineBench:
         return call
 
     def _learner(self, engine: dict[str, Any]) -> Algorithm:
-        config = self._experiment.config
-        section = config.engine.model_copy(update=engine)
-        return replace(self._experiment, config=config.model_copy(update={"engine": section})).learner()
-
-    def _batch(self, tasks: int) -> EpisodeBatch:
-        config = self._experiment.config
-        source = self._experiment.source(self._experiment.train_split)
-        return source.episodes(config.seed, "bench", range(tasks)).to("cpu", DTYPES[config.engine.precision])
+        return self._experiment.with_engine(**engine).learner()
 
 
 def _sizes(tasks: int) -> Iterator[int]:

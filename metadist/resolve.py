@@ -115,10 +115,10 @@ def _frugal(experiment: Experiment) -> Iterator[Experiment]:
     yield experiment
     section = experiment.config.engine
     if section.strategy != "vectorised":
-        return  # these compute task by task, and recompute
+        return  # these compute task by task already
     together = int(experiment.config.outer.tasks_per_microbatch)
     together = min(section.tasks_together or together, together)
-    if not section.recompute:
+    if section.compile and not section.recompute:  # what is neither traced nor compiled recomputes anyway
         yield experiment.with_engine(recompute=True)
     while together > 1:
         together = -(-together // 2)

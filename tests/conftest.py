@@ -10,6 +10,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """For ``pytest -n``: a file is run by one process, and so is all of ``tests/ray``, one test after the other."""
     for item in items:

@@ -87,11 +87,11 @@ TRAIN_MINE = f"metadist train {CONFIG} algorithm.import_path=mine:Pretrained {' 
 
 
 def test_a_module_in_the_current_folder_is_found_by_workers(own_module: Path) -> None:
-    # One worker: of two, the second may still be starting when so short a run ends.
-    done = shell(f"{TRAIN_MINE} runtime.type=ray runtime.workers=1", own_module)
+    # A run of two steps may end before its second worker is up.
+    done = shell(f"{TRAIN_MINE} runtime.type=ray runtime.workers=2 outer.steps=400", own_module)
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((own_module / "run" / "summary.json").read_text())
-    assert summary["workers"] == 1 and summary["restarts"]["worker"] == 0
+    assert summary["workers"] == 2 and summary["restarts"]["worker"] == 0
 
 
 def test_a_module_in_the_current_folder_is_found_by_every_command(own_module: Path) -> None:

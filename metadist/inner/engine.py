@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
@@ -86,14 +86,12 @@ class Engine:
         if self.strategy == "vectorised":
             program = self._program(functools.partial(_vectorised, one), one if key is None else key)
             return self._summed(program, shared, tasks)
-        total: Tensors | None = None
-        extras = []
-        for task in _unstacked(tasks):
+
+        def alone(*task: Any) -> tuple[Tensors, Any]:
             with self._gradients():
-                gradient, extra = one(*shared, *task)
-            extras.append(_detached(extra))
-            total = _detached(gradient if total is None else {k: total[k] + gradient[k] for k in total})
-        assert total is not None, "a batch has at least one task"
+                return _detached(one(*shared, *task))
+
+        total, extras = _added(alone(*task) for task in _unstacked(tasks))
         return total, _stack(extras)
 
     def sum_batch(
@@ -120,8 +118,7 @@ class Engine:
     def map_tasks(self, fn: Callable[[Examples, Examples], Any], batch: EpisodeBatch) -> Any:
         """``fn(support, query)`` of each task, its outputs stacked with a leading task dimension."""
         parts = self._parts((batch.support, batch.query))
-        made = [self.map(lambda support, query: _detached(fn(support, query)), *part) for part in parts]
-        return made[0] if len(made) == 1 else pytree.tree_map(lambda *leaves: torch.cat(leaves), *made)
+        return _joined([self.map(lambda support, query: _detached(fn(support, query)), *part) for part in parts])
 
     def map(self, fn: Callable[..., Any], *arguments: Any) -> Any:
         """``fn`` of each member of ``arguments``' leading dimension, its outputs stacked.
@@ -153,16 +150,8 @@ class Engine:
         self, program: Callable[..., Any], shared: tuple[Any, ...], tasks: tuple[Any, ...]
     ) -> tuple[Tensors, Any]:
         """The gradients of the parts added in their order, what else there is put together again."""
-        total: Tensors | None = None
-        extras = []
-        for part in self._parts(tasks):
-            gradient, extra = program(shared, part)
-            extras.append(extra)
-            total = gradient if total is None else {k: v + gradient[k] for k, v in total.items()}
-        assert total is not None, "a batch has at least one task"
-        if len(extras) == 1:
-            return total, extras[0]
-        return total, pytree.tree_map(lambda *leaves: torch.cat(leaves), *extras)
+        total, extras = _added(program(shared, part) for part in self._parts(tasks))
+        return total, _joined(extras)
 
     def _program(self, fn: Callable[..., Any], key: Any) -> Callable[..., Any]:
         """``fn``, or what was made of it when ``key`` first came."""
@@ -223,6 +212,17 @@ def _together(
     return _detached(gradient), _detached(extra)
 
 
+def _added(results: Iterable[tuple[Tensors, Any]]) -> tuple[Tensors, list[Any]]:
+    """The sum of the gradients in their order, and a list of what comes with each."""
+    total: Tensors | None = None
+    extras = []
+    for gradient, extra in results:
+        extras.append(extra)
+        total = gradient if total is None else {k: v + gradient[k] for k, v in total.items()}
+    assert total is not None, "a batch has at least one task"
+    return total, extras
+
+
 def _unstacked(tasks: tuple[Any, ...]) -> list[tuple[Any, ...]]:
     leaves, spec = pytree.tree_flatten(tasks)
     return [pytree.tree_unflatten([leaf[i] for leaf in leaves], spec) for i in range(len(leaves[0]))]
@@ -230,6 +230,10 @@ def _unstacked(tasks: tuple[Any, ...]) -> list[tuple[Any, ...]]:
 
 def _detached(tree: Any) -> Any:
     return pytree.tree_map_only(Tensor, Tensor.detach, tree)
+
+
+def _joined(trees: list[Any]) -> Any:
+    return trees[0] if len(trees) == 1 else pytree.tree_map(lambda *leaves: torch.cat(leaves), *trees)
 
 
 def _stack(trees: list[Any]) -> Any:

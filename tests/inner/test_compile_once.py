@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
@@ -52,15 +53,15 @@ def test_processes_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_where_nothing_can_be_kept_each_compiles_for_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setattr("metadist.inner.program.cache_dir", lambda: str(tmp_path / "file" / "below"))
+    entered = []
     with alone("a"):
-        pass
+        entered.append("a")
+    assert entered == ["a"]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(bool(compiler_missing()), reason=f"cannot compile: {compiler_missing()}")
 def test_of_processes_that_start_together_one_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import json
-
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     running = [subprocess.Popen([sys.executable, "-c", COMPILES], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     found = [json.loads(p.communicate()[0]) for p in running]
