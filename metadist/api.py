@@ -64,12 +64,14 @@ class RayRuntime:
         gpus_per_worker: GPUs of each, fractions allowed, or ``auto``.
         threads_per_worker: CPU threads of each.
         address: a running cluster; None starts one on this machine.
+        server_shards: actors that the parameter server is cut into.
     """
 
     workers: int | str = "auto"
     gpus_per_worker: float | str = "auto"
     threads_per_worker: int = 1
     address: str | None = None
+    server_shards: int = 1
 
     def section(self) -> dict[str, Any]:
         """As in a config."""

@@ -138,9 +138,7 @@ def check(config: Path | None, overrides: tuple[str, ...], list_members: bool) -
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Timed calls of each way.")
 @click.option("--no-compile", is_flag=True, help="Leave inductor out, which takes a minute or two for each way.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def bench(
-    config: Path, overrides: tuple[str, ...], write: bool, rounds: int, no_compile: bool, as_json: bool
-) -> None:
+def bench(config: Path, overrides: tuple[str, ...], write: bool, rounds: int, no_compile: bool, as_json: bool) -> None:
     """Time the ways to run CONFIG's meta-gradient on this machine.
 
     Each is compared with plain automatic differentiation first, and left out if it takes more than engine.memory.

@@ -14,9 +14,7 @@ from metadist.experiment import EpisodeSize
 from metadist.worker import Round
 
 
-def evaluation_round(
-    version: int, split: str, episodes: int, tasks_per_microbatch: int, size: EpisodeSize
-) -> Round:
+def evaluation_round(version: int, split: str, episodes: int, tasks_per_microbatch: int, size: EpisodeSize) -> Round:
     """The evaluation of one version on one split: the same episodes for every version and worker count."""
     return Round("evaluate", version, split, f"evaluation/{split}", 0, episodes, tasks_per_microbatch, size)
 

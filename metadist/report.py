@@ -6,14 +6,13 @@ Everything is made from the files of the run directory, so a report can be writt
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from metadist.errors import RunDirError
 from metadist.figures import (
     DARK,
-    LIGHT,
     curve_png,
     draw_by_instance,
     draw_episodes,
@@ -31,7 +30,6 @@ __all__ = ["draw_episodes", "draw_learning_curve", "write_report"]
 
 EPISODES = "episodes.png"
 REPORT = "report.html"
-_THEMES = (("light", LIGHT), ("dark", DARK))
 
 
 def write_report(run_dir: Path) -> Path:
@@ -50,12 +48,11 @@ def write_report(run_dir: Path) -> Path:
         raise RunDirError(run_dir, "is not a run directory: it holds no config.yaml") from error
     config = yaml.safe_load(config_text) or {}
     rows, summary = read_lines(run_dir / METRICS), read_summary(run_dir)
-    draw_learning_curve(run_dir)
-    curves = {name: _embedded(curve_png(run_dir, theme)) for name, theme in _THEMES}
-    instances = None
-    if draw_by_instance(run_dir) is not None:
+    curves = _in_both_themes(draw_learning_curve(run_dir), lambda theme: curve_png(run_dir, theme))
+    by_instance, instances = draw_by_instance(run_dir), None
+    if by_instance is not None:
         shown = summary["evaluation"]["by_instance"]
-        instances = {name: _embedded(instances_png(shown, theme)) for name, theme in _THEMES}
+        instances = _in_both_themes(by_instance, lambda theme: instances_png(shown, theme))
     grid = run_dir / EPISODES
     page = render_page(
         title=str(config.get("name", run_dir.name)),
@@ -72,6 +69,11 @@ def write_report(run_dir: Path) -> Path:
     )
     write_atomically(run_dir / REPORT, page)
     return run_dir / REPORT
+
+
+def _in_both_themes(light: Path, draw: Callable[[Mapping[str, str]], bytes]) -> dict[str, str]:
+    """A picture for the page: as its file has it, and drawn in dark."""
+    return {"light": _embedded(light.read_bytes()), "dark": _embedded(draw(DARK))}
 
 
 def _embedded(png: bytes) -> str:

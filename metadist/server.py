@@ -1,4 +1,4 @@
-"""The parameter server: sums a version's gradients, makes the next version. A plain class."""
+"""The parameter server, or a shard of it: sums a version's gradients, makes the next version. A plain class."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ import numpy as np
 import torch
 
 from metadist.outer.gradient import Block, TreeSum
-from metadist.outer.update import MetaUpdate
+from metadist.outer.update import MetaUpdate, Prepared
 
 
 class ParameterServer:
     """Holds the meta-parameters of one version and the optimizer that makes the next.
 
-    Every message names its version and may come twice: what is late or doubled is dropped.
+    Every message names its version and may come twice: what is late or doubled is dropped. It may hold a part of the
+    vector alone; then :meth:`squares` of all parts go into the norm that is handed to :meth:`commit`.
 
     Args:
         weights: flat meta-parameters ``[numel]``.
-        options: the config's ``outer`` section as a mapping.
+        options: see :class:`metadist.outer.update.MetaUpdate`.
         version: of ``weights``.
         threads: CPU threads, or None to leave them as they are.
     """
@@ -32,6 +33,7 @@ class ParameterServer:
             torch.set_num_threads(threads)
         self._update = MetaUpdate(torch.from_numpy(np.array(weights)), options, version)
         self._sum: TreeSum | None = None
+        self._prepared: Prepared | None = None
         self._stats: dict[str, float] = {}
         self._lock = threading.Lock()
 
@@ -51,12 +53,31 @@ class ParameterServer:
         with self._lock:
             if version != self.version:
                 return 0
+            if self._prepared is not None:
+                return 0
             if self._sum is None:
                 self._sum = TreeSum(count)
             return sum(self._sum.add(block, value) for block, value in blocks.items())
 
-    def commit(self, version: int, tasks: int) -> tuple[np.ndarray, dict[str, float]]:
+    def squares(self, version: int, tasks: int) -> list[float]:
+        """Sums the gradients of ``version``; the sums of squares of its mean over ``tasks``, chunk by chunk.
+
+        Raises:
+            ValueError: gradients are missing, or ``version`` is not the present one.
+            FloatingPointError: what follows a rule is not finite; the version stays as it was.
+        """
+        with self._lock:
+            if version != self.version:
+                raise ValueError(f"asked to sum up version {version}, but the server holds {self.version}")
+            return self._prepare(version, tasks).squares
+
+    def commit(self, version: int, tasks: int, norm: float | None = None) -> tuple[np.ndarray, dict[str, float]]:
         """Makes ``version + 1``, once, and returns its weights and the update's statistics.
+
+        Args:
+            version: the present one, or the last: then what it made is told again.
+            tasks: of the meta-batch.
+            norm: of the whole mean gradient, if this server holds a part of it.
 
         Raises:
             ValueError: gradients are missing, or ``version`` is neither the present nor the last one.
@@ -64,14 +85,24 @@ class ParameterServer:
         """
         with self._lock:
             if version == self.version:
-                if self._sum is None:
-                    raise ValueError(f"no gradient of version {version} has come")
-                total = torch.from_numpy(np.array(self._sum.total()))
-                self._sum = None
-                self._stats = self._update.apply(total, tasks)
+                prepared, self._prepared = self._prepare(version, tasks), None
+                self._stats = self._update.move(prepared, norm)
             elif version != self.version - 1:
                 raise ValueError(f"asked to commit version {version}, but the server holds {self.version}")
             return self.weights(), dict(self._stats)
+
+    def _prepare(self, version: int, tasks: int) -> Prepared:
+        """The mean of what has come, once; what has come is let go."""
+        if self._prepared is None:
+            if self._sum is None:
+                raise ValueError(f"no gradient of version {version} has come")
+            total = self._sum.total()
+            self._sum = None
+            # It is only read, but torch warns of arrays that may not be written.
+            self._prepared = self._update.prepare(
+                torch.from_numpy(total if total.flags.writeable else total.copy()), tasks
+            )
+        return self._prepared
 
     def weights(self) -> np.ndarray:
         """The flat meta-parameters ``[numel]``, copied."""
@@ -88,4 +119,4 @@ class ParameterServer:
         with self._lock:
             state = {k: torch.from_numpy(np.array(v)) for k, v in snapshot["outer_state"].items()}
             self._update.load(torch.from_numpy(np.array(snapshot["weights"])), state, snapshot["version"])
-            self._sum = None
+            self._sum = self._prepared = None

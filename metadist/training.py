@@ -198,9 +198,9 @@ class _Training:
             self.experiment.source(split, self.experiment.evaluation_size)
 
     def _outer_options(self) -> dict[str, Any]:
-        """The ``outer`` section, with the places of what the optimizer is not to move."""
+        """The ``outer`` section, with the sizes of the tensors and the places of what the optimizer is not to move."""
         rules = {name: rule.__dict__ for name, rule in self.learner.update_rules().items()}
-        return {**self.config.outer.model_dump(), "rules": self.layout.places(rules)}
+        return {**self.config.outer.model_dump(), "sizes": self.layout.sizes, "rules": self.layout.places(rules)}
 
     def _start_trackers(self, version: int) -> WandbTracker | None:
         tracking = self.config.tracking
@@ -363,7 +363,7 @@ class _Training:
         return summary
 
     def _pictures(self, meta_params: dict[str, torch.Tensor]) -> None:
-        from metadist.figures import INSTANCES, draw_episodes, draw_learning_curve
+        from metadist.figures import CURVE, INSTANCES, draw_episodes
         from metadist.report import write_report
 
         evaluation = self.config.evaluation
@@ -371,11 +371,10 @@ class _Training:
         batch = source.episodes(self.config.seed, f"evaluation/{evaluation.split}", [0, 1, 2, 3])
         before, after = self.learner.outputs(meta_params, batch.to("cpu", next(iter(meta_params.values())).dtype))
         picture = draw_episodes(batch, self.run.path / "episodes.png", before, after)
-        curve = draw_learning_curve(self.run.path)
         write_report(self.run.path)
         if (by_instance := self.run.path / INSTANCES).is_file():
             self.trackers.log_picture("accuracy_by_instance", by_instance)
-        self.trackers.log_picture("learning_curve", curve)
+        self.trackers.log_picture("learning_curve", self.run.path / CURVE)
         if picture is not None:
             self.trackers.log_picture("episodes", picture)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -114,12 +114,12 @@ class MetaWorker:
         self._held: tuple[int, dict[str, torch.Tensor]] | None = None
         self._memory = resident_growth()
 
-    def compute(self, lease: Lease, weights: np.ndarray) -> tuple[Report, dict[Block, np.ndarray]]:
+    def compute(self, lease: Lease, weights: Sequence[np.ndarray]) -> tuple[Report, dict[Block, np.ndarray]]:
         """Computes a lease.
 
         Args:
             lease: which microbatches.
-            weights: the flat meta-parameters of ``lease.round.version``; read only.
+            weights: the flat meta-parameters of ``lease.round.version`` in consecutive parts; read only.
 
         Returns:
             The report, and partial sums of the microbatches' gradients (none for an evaluation).
@@ -153,10 +153,10 @@ class MetaWorker:
         self._prefetch.close()
         self.experiment.close()
 
-    def _params(self, version: int, weights: np.ndarray) -> dict[str, torch.Tensor]:
+    def _params(self, version: int, weights: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
         if self._held is None or self._held[0] != version:
-            # A copy: the array may lie in memory shared with every process of the node.
-            named = self.layout.unflatten(torch.from_numpy(np.array(weights)))
+            # A copy: the arrays may lie in memory shared with every process of the node.
+            named = self.layout.unflatten(torch.from_numpy(np.concatenate(weights)))
             self._held = version, {k: v.to(self.device) for k, v in named.items()}
         return self._held[1]
 

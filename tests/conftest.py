@@ -37,6 +37,12 @@ def omniglot_shards(metadist_data: Path, tmp_path_factory: pytest.TempPathFactor
     return out
 
 
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of this process end without report and pictures, which take longer than a tiny run does."""
+    monkeypatch.setattr("metadist.training._Training._pictures", lambda self, meta_params: None)
+
+
 @pytest.fixture(autouse=True)
 def _quiet_and_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """One CPU thread, and no account of the person who runs the tests."""

@@ -18,6 +18,7 @@ from tests.conftest import ROOT
 GLYPHS = str(ROOT / "configs" / "glyphs_maml.yaml")
 SHORT = [
     "runtime.type=local",
+    "engine.compile=false",
     "outer.steps=2",
     "evaluation.episodes=4",
     "evaluation.every=0",
@@ -56,7 +57,6 @@ def from_shards(shards: Path, *more: str) -> list[str]:
         f"tasks.path={shards}",
         "tasks.train_split=train",
         "tasks.rotations=none",
-        "engine.compile=false",
         *SHORT,
         *more,
     ]

@@ -19,6 +19,7 @@ from tests.conftest import ROOT
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 SMALL = ["runtime.type=local", "outer.steps=2", "outer.meta_batch_size=2", "outer.tasks_per_microbatch=1",
          "evaluation.episodes=2", "evaluation.every=0", "engine.compile=false"]  # fmt: skip
+ALONE = "tracking.wandb.mode=disabled"
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def test_it_has_a_header_and_its_own_name(path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_it_runs_two_steps(path, shards, tmp_path):
-    words = [*SMALL, *([f"tasks.path={shards}"] if read_yaml(path)["tasks"]["type"] == "shards" else [])]
+    words = [*SMALL, ALONE, *([f"tasks.path={shards}"] if read_yaml(path)["tasks"]["type"] == "shards" else [])]
     run_dir = tmp_path / "run"
     result = CliRunner().invoke(main, ["train", str(path), *words, "--run-dir", str(run_dir)], catch_exceptions=False)
     assert result.exit_code == 0, result.output

@@ -13,6 +13,7 @@ from metadist.tasks.sequences import LETTERS
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
+
 @dataclass(frozen=True)
 class Objective:
     """A differentiable loss and the metric that goes with it.

@@ -42,7 +42,7 @@ def _with_value(text: str, section: str, key: str, value: str, where: str) -> st
         return text[: old.start_mark.index] + value + text[old.end_mark.index :]
     if found.flow_style:
         end = found.end_mark.index - 1
-        inside = text[: end].rstrip()
+        inside = text[:end].rstrip()
         comma = "" if inside.endswith(("{", ",")) else ","
         return f"{inside}{comma}{'' if inside.endswith('{') else ' '}{key}: {value}{text[end:]}"
     last = found.value[-1][1].end_mark.index

@@ -241,6 +241,9 @@ class RuntimeConfig(Section):
     address: str | None = Field(
         None, description="a running cluster (auto, HOST:PORT, ray://...); null: start one here"
     )
+    server_shards: Positive = Field(
+        1, description="actors that the parameter server is cut into, for models of 100 MB and more; changes no bit"
+    )
     lease_timeout_s: Rate = Field(300.0, description="silence after which a microbatch is leased a second time")
     worker_logs: bool = Field(False, description="show what workers print")
     max_worker_restarts: Natural = Field(20, description="dead workers replaced before the run gives up")

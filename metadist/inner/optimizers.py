@@ -53,9 +53,7 @@ class SGD:
         """What it remembers before the first step."""
         return {}
 
-    def direction(
-        self, gradient: Tensors, moments: Moments, k: int, learned: Tensors
-    ) -> tuple[Tensors, Moments]:
+    def direction(self, gradient: Tensors, moments: Moments, k: int, learned: Tensors) -> tuple[Tensors, Moments]:
         """Which way inner step ``k`` goes down, to be multiplied by the step size; and what is remembered after it.
 
         Args:
@@ -89,9 +87,7 @@ class Momentum(SGD):
     def start(self, fast: Tensors) -> Moments:
         return {"mean": {name: torch.zeros_like(value) for name, value in fast.items()}}
 
-    def direction(
-        self, gradient: Tensors, moments: Moments, k: int, learned: Tensors
-    ) -> tuple[Tensors, Moments]:
+    def direction(self, gradient: Tensors, moments: Moments, k: int, learned: Tensors) -> tuple[Tensors, Moments]:
         kept = self._fraction("momentum", learned)
         mean = {name: kept * moments["mean"][name] + g for name, g in gradient.items()}
         ahead = {name: g + kept * mean[name] for name, g in gradient.items()} if self.nesterov else mean
@@ -127,17 +123,13 @@ class Adam(SGD):
         kinds = ("mean", "square") if self.betas[0] else ("square",)
         return {kind: {name: torch.zeros_like(value) for name, value in fast.items()} for kind in kinds}
 
-    def direction(
-        self, gradient: Tensors, moments: Moments, k: int, learned: Tensors
-    ) -> tuple[Tensors, Moments]:
+    def direction(self, gradient: Tensors, moments: Moments, k: int, learned: Tensors) -> tuple[Tensors, Moments]:
         beta1, beta2 = self._fraction("beta1", learned), self._fraction("beta2", learned)
         square = {name: beta2 * moments["square"][name] + (1 - beta2) * g * g for name, g in gradient.items()}
         after: Moments = {"square": square}
         mean = gradient
         if self.betas[0]:
-            after["mean"] = {
-                name: beta1 * moments["mean"][name] + (1 - beta1) * g for name, g in gradient.items()
-            }
+            after["mean"] = {name: beta1 * moments["mean"][name] + (1 - beta1) * g for name, g in gradient.items()}
             mean = {name: m / (1 - beta1 ** (k + 1)) for name, m in after["mean"].items()}
         unbiased = 1 - beta2 ** (k + 1)
         return {name: mean[name] / torch.sqrt(square[name] / unbiased + self.eps**2) for name in gradient}, after

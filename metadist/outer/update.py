@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -11,12 +14,30 @@ from torch import Tensor
 _CHUNK = 1 << 16
 
 
-def global_norm(vector: Tensor) -> float:
-    """The Euclidean norm, summed in float64 over fixed chunks so that no thread count changes its bits."""
+def chunk_starts(sizes: Sequence[int]) -> list[int]:
+    """Where the chunks of the global norm begin: with each tensor, and at fixed distances within it."""
+    starts: list[int] = []
+    at = 0
+    for size in sizes:
+        starts += range(at, at + size, _CHUNK)
+        at += size
+    return starts
+
+
+def chunk_squares(vector: Tensor, starts: Sequence[int]) -> list[float]:
+    """The sum of squares of each chunk, in float64."""
+    squares = []
+    for start, stop in pairwise([*starts, len(vector)]):
+        wide = vector[start:stop].double()
+        squares.append(float(torch.dot(wide, wide)))
+    return squares
+
+
+def norm_of(squares: Iterable[float]) -> float:
+    """The Euclidean norm of chunks in their order: its bits depend on no thread count and no number of shards."""
     total = 0.0
-    for chunk in torch.split(vector, _CHUNK):
-        wide = chunk.double()
-        total += float(torch.dot(wide, wide))
+    for square in squares:
+        total += square
     return math.sqrt(total) if math.isfinite(total) else math.inf if total > 0 else math.nan
 
 
@@ -40,40 +61,76 @@ def learning_rate(lr: float, schedule: str, warmup_steps: int, steps: int, versi
     return lr * scale
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A mean gradient that is ready to be applied.
+
+    Args:
+        gradient: the mean ``[numel]``, zero where a rule holds.
+        ruled: ``(start, stop, next values)`` of what follows a rule.
+        squares: the sums of squares of the gradient's chunks (:func:`chunk_squares`).
+    """
+
+    gradient: Tensor
+    ruled: list[tuple[int, int, Tensor]]
+    squares: list[float]
+
+
 class MetaUpdate:
-    """Meta-parameters as a flat vector, and the optimizer that moves them.
+    """Meta-parameters as a flat vector, or a shard of one, and the optimizer that moves them.
 
     Args:
         meta_params: the vector ``[numel]``; copied.
         options: the ``outer`` section of the config, as a mapping. ``rules``, if there, lists what no optimizer
             moves, as ``(start, stop, {"kind": ..., "rate": ...})``: a running ``average`` of the mean, or something to
-            ``replace`` by the sum (see :class:`metadist.algorithms.base.Rule`).
+            ``replace`` by the sum (see :class:`metadist.algorithms.base.Rule`). ``sizes``, if there, are those of the
+            tensors in the vector, in order; without them it is taken for one.
         version: updates made so far.
     """
 
     def __init__(self, meta_params: Tensor, options: dict[str, Any], version: int = 0) -> None:
         self.options, self.version = options, version
-        self.vector = torch.nn.Parameter(meta_params.detach().clone())
-        self.optimizer = _optimizer(self.vector, options)
+        self.vector = meta_params.detach().clone()
+        self._starts = chunk_starts(options.get("sizes", [self.vector.numel()]))
+        # Vector instructions and what they leave over round differently: chunks make that the same in any shard.
+        self._chunks = [torch.nn.Parameter(v) for v in self._cut(self.vector)]
+        self.optimizer = _optimizer(self._chunks, options)
 
-    def apply(self, gradient_sum: Tensor, tasks: int) -> dict[str, float]:
-        """One update with the mean over ``tasks`` of the meta-gradient.
-
-        Returns:
-            ``grad_norm`` (of the mean, before clipping) and ``outer_lr``.
+    def prepare(self, gradient_sum: Tensor, tasks: int) -> Prepared:
+        """What an update with the mean over ``tasks`` of the meta-gradient needs; nothing has changed yet.
 
         Raises:
-            FloatingPointError: the gradient or what follows a rule is not finite; nothing has changed.
+            FloatingPointError: what follows a rule is not finite.
         """
         gradient = gradient_sum.to(self.vector.dtype) / tasks
         ruled = [(a, z, self._ruled(a, z, rule, gradient_sum, tasks)) for a, z, rule in self.options.get("rules", ())]
         for a, z, _ in ruled:
             gradient[a:z] = 0
-        norm = global_norm(gradient)
-        if not math.isfinite(norm):
-            raise FloatingPointError(f"the norm of the meta-gradient is {norm}")
         if not all(bool(torch.isfinite(values).all()) for _, _, values in ruled):
             raise FloatingPointError("an average or carried state is not finite")
+        return Prepared(gradient, ruled, chunk_squares(gradient, self._starts))
+
+    def apply(self, gradient_sum: Tensor, tasks: int) -> dict[str, float]:
+        """:meth:`prepare` and :meth:`move` in one."""
+        return self.move(self.prepare(gradient_sum, tasks))
+
+    def move(self, prepared: Prepared, norm: float | None = None) -> dict[str, float]:
+        """One update.
+
+        Args:
+            prepared: of this version.
+            norm: of the whole mean gradient, where this is a shard of it; None: of ``prepared``.
+
+        Returns:
+            ``grad_norm`` (of the mean, before clipping) and ``outer_lr``.
+
+        Raises:
+            FloatingPointError: the gradient is not finite; nothing has changed.
+        """
+        gradient = prepared.gradient
+        norm = norm_of(prepared.squares) if norm is None else norm
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"the norm of the meta-gradient is {norm}")
         clip = self.options.get("clip_norm")
         if clip is not None and norm > clip:
             gradient *= clip / norm
@@ -81,12 +138,12 @@ class MetaUpdate:
         lr = learning_rate(o["lr"], o["schedule"], o["warmup_steps"], o["steps"], self.version)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.vector.grad = gradient
+        for chunk, slope in zip(self._chunks, self._cut(gradient), strict=True):
+            chunk.grad = slope
         self.optimizer.step()
-        self.vector.grad = None
-        with torch.no_grad():
-            for a, z, values in ruled:
-                self.vector[a:z] = values
+        self.optimizer.zero_grad()
+        for a, z, values in prepared.ruled:
+            self.vector[a:z] = values
         self.version += 1
         return {"grad_norm": norm, "outer_lr": lr}
 
@@ -98,22 +155,28 @@ class MetaUpdate:
         old = self.vector[start:stop].detach()
         return old + rule["rate"] * (new / tasks - old)
 
+    def _cut(self, vector: Tensor) -> list[Tensor]:
+        """Views of a vector's chunks."""
+        return [vector[a:z] for a, z in pairwise([*self._starts, len(vector)])]
+
     def state(self) -> dict[str, Tensor]:
-        """The optimizer's tensors by name (``exp_avg``, ``step`` ...), copied."""
-        held = self.optimizer.state[self.vector]
-        return {k: v.detach().clone() for k, v in held.items() if isinstance(v, Tensor)}
+        """The optimizer's tensors by name (``exp_avg [numel]``, ``step []`` ...), copied."""
+        held = [self.optimizer.state[chunk] for chunk in self._chunks]
+        names = [k for k, v in held[0].items() if isinstance(v, Tensor)]
+        return {k: torch.cat([h[k] for h in held]) if held[0][k].dim() else held[0][k].clone() for k in names}
 
     def load(self, meta_params: Tensor, state: dict[str, Tensor], version: int) -> None:
         """Goes back to a vector, an optimizer state of :meth:`state` and a version."""
-        with torch.no_grad():
-            self.vector.copy_(meta_params)
-        self.optimizer.state[self.vector] = {k: v.clone() for k, v in state.items()}
+        self.vector.copy_(meta_params)
+        parts = {k: self._cut(v) if v.dim() else [v] * len(self._chunks) for k, v in state.items()}
+        for i, chunk in enumerate(self._chunks):
+            self.optimizer.state[chunk] = {k: v[i].clone() for k, v in parts.items()}
         self.version = version
 
 
-def _optimizer(vector: Tensor, options: dict[str, Any]) -> torch.optim.Optimizer:
-    decay = options["weight_decay"]
+def _optimizer(chunks: list[torch.nn.Parameter], options: dict[str, Any]) -> torch.optim.Optimizer:
+    lr, decay = options["lr"], options["weight_decay"]
     if options["optimizer"] == "sgd":
-        return torch.optim.SGD([vector], lr=options["lr"], momentum=options["momentum"], weight_decay=decay)
+        return torch.optim.SGD(chunks, lr=lr, momentum=options["momentum"], weight_decay=decay, fused=True)
     kind = torch.optim.AdamW if options["optimizer"] == "adamw" else torch.optim.Adam
-    return kind([vector], lr=options["lr"], betas=tuple(options["betas"]), weight_decay=decay, fused=True)
+    return kind(chunks, lr=lr, betas=tuple(options["betas"]), weight_decay=decay, fused=True)

@@ -48,7 +48,7 @@ class LocalBackend:
     def wait(self, timeout: float) -> list[Event]:
         events: list[Event] = []
         for lease in self._pending:
-            report, blocks = self._worker.compute(lease, self._weights)
+            report, blocks = self._worker.compute(lease, [self._weights])
             self._deliver(lease, blocks)
             events.append(Computed(0, report))
         self._pending = []

@@ -8,6 +8,7 @@ so that nothing runs twice behind the controller's back.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import sys
@@ -27,6 +28,8 @@ from metadist.config.schema import RuntimeConfig
 from metadist.errors import ClusterError, MetadistError, first_line
 from metadist.experiment import Experiment
 from metadist.outer.gradient import Block
+from metadist.outer.partition import cut, joined_snapshot, part_of_rules, part_of_sizes, part_of_snapshot
+from metadist.outer.update import norm_of
 from metadist.runtime.backend import ALLOCATOR, Computed, Died, Event, Joined
 from metadist.server import ParameterServer
 from metadist.worker import Lease, MetaWorker, Report
@@ -45,12 +48,16 @@ class _Worker:
         self._worker = MetaWorker(self._experiment, self._device)
         return {"pid": os.getpid(), "torch": torch.__version__, "threads": torch.get_num_threads()}
 
-    def compute(self, lease: Lease, weights: np.ndarray) -> tuple[Report, dict[Block, np.ndarray]]:
-        return self._worker.compute(lease, weights)
+    def compute(
+        self, lease: Lease, cuts: list[tuple[int, int]], *weights: np.ndarray
+    ) -> tuple[Report | dict[Block, np.ndarray], ...]:
+        """The report, and what is for each shard of the server, whose weights came in the same order."""
+        report, blocks = self._worker.compute(lease, weights)
+        return report, *({block: v[a:z] for block, v in blocks.items()} for a, z in cuts)
 
 
 @ray.remote
-class _Server:
+class _Shard:
     def __init__(self, snapshot: dict[str, Any], options: dict[str, Any], threads: int) -> None:
         self._server = ParameterServer(snapshot["weights"], options, snapshot["version"], threads)
         if snapshot.get("outer_state"):
@@ -62,8 +69,11 @@ class _Server:
     def add(self, version: int, count: int, blocks: dict[Block, np.ndarray]) -> int:
         return self._server.add(version, count, blocks)
 
-    def commit(self, version: int, tasks: int) -> tuple[np.ndarray, dict[str, float]]:
-        return self._server.commit(version, tasks)
+    def squares(self, version: int, tasks: int) -> list[float]:
+        return self._server.squares(version, tasks)
+
+    def commit(self, version: int, tasks: int, norm: float | None) -> tuple[np.ndarray, dict[str, float]]:
+        return self._server.commit(version, tasks, norm)
 
     def snapshot(self) -> dict[str, Any]:
         return self._server.snapshot()
@@ -73,11 +83,13 @@ class _Server:
 class _Handle:
     actor: ActorHandle
     starting: ObjectRef | None
-    answers: dict[ObjectRef, tuple[Lease, ObjectRef]] = field(default_factory=dict)
+    answers: dict[ObjectRef, tuple[Lease, list[ObjectRef]]] = field(default_factory=dict)
 
 
 class RayBackend:
     """A parameter server and ``runtime.workers`` workers on a Ray cluster, one started here if none is named.
+
+    The server is ``runtime.server_shards`` actors, each with a part of the flat vector; workers send each its part.
 
     Args:
         experiment: what is run, with ``engine.strategy`` decided.
@@ -93,7 +105,8 @@ class RayBackend:
         self._adding: list[ObjectRef] = []
         self._next_worker = 0
         self._restarts = {"worker": 0, "server": 0}
-        self._server: ActorHandle | None = None
+        self._shards: list[ActorHandle] = []
+        self._cuts: list[tuple[int, int]] = []
         self._started_here = connect(self._runtime)
         try:
             self._workers, self._gpus = plan_workers(self._runtime, ray.cluster_resources())
@@ -103,10 +116,20 @@ class RayBackend:
 
     def start(self, snapshot: dict[str, Any], outer: dict[str, Any]) -> None:
         self._experiment_ref = ray.put(self._experiment)
-        self._server = _Server.options(num_cpus=0, max_restarts=0).remote(  # type: ignore[attr-defined]
-            snapshot, outer, self._runtime.threads_per_worker
-        )
-        self._weights = self._server.weights.remote()
+        sizes = outer["sizes"]
+        self._cuts = cut(sizes, self._runtime.server_shards)
+        # Shards compute nothing to speak of but move much: each on another node, as far as there are nodes.
+        where = {
+            "num_cpus": 0,
+            "max_restarts": 0,
+            "scheduling_strategy": "SPREAD" if len(self._cuts) > 1 else "DEFAULT",
+        }
+        for a, z in self._cuts:
+            options = {**outer, "sizes": part_of_sizes(sizes, a, z), "rules": part_of_rules(outer["rules"], a, z)}
+            part = part_of_snapshot(snapshot, a, z)
+            made = _Shard.options(**where).remote(part, options, self._runtime.threads_per_worker)  # type: ignore[attr-defined]
+            self._shards.append(made)
+        self._weights = [shard.weights.remote() for shard in self._shards]
         for _ in range(self._workers):
             self._hire()
         deadline = time.monotonic() + _START_TIMEOUT_S
@@ -127,9 +150,9 @@ class RayBackend:
 
     def lease(self, worker: int, lease: Lease) -> None:
         handle = self._handles[worker]
-        report: ObjectRef
-        gradients: ObjectRef
-        report, gradients = handle.actor.compute.options(num_returns=2).remote(lease, self._weights)
+        options = {"num_returns": 1 + len(self._cuts)}
+        refs: list[ObjectRef] = handle.actor.compute.options(**options).remote(lease, self._cuts, *self._weights)
+        report, *gradients = refs
         handle.answers[report] = (lease, gradients)
 
     def wait(self, timeout: float) -> list[Event]:
@@ -150,20 +173,21 @@ class RayBackend:
         return events
 
     def commit(self, version: int, tasks: int) -> dict[str, float]:
-        assert self._server is not None
         adding, self._adding = self._adding, []
-        weights: ObjectRef
-        stats: ObjectRef
-        weights, stats = self._server.commit.options(num_returns=2).remote(version, tasks)
+        norm = None
+        if len(self._shards) > 1:
+            norm = norm_of(
+                itertools.chain(*self._from_server([s.squares.remote(version, tasks) for s in self._shards]))
+            )
+        made: list[Any] = [s.commit.options(num_returns=2).remote(version, tasks, norm) for s in self._shards]
         self._from_server(adding)
-        result: dict[str, float] = self._from_server(stats)
-        self._weights = weights
+        result: dict[str, float] = self._from_server([stats for _, stats in made])[0]
+        self._weights = [weights for weights, _ in made]
         return result
 
     def snapshot(self) -> dict[str, Any]:
-        assert self._server is not None
-        held = self._from_server(self._server.snapshot.remote())
-        return {**held, "outer_state": dict(held["outer_state"])}
+        # A consistent cut: calls of one caller are in order, and none commits in between.
+        return joined_snapshot(self._from_server([s.snapshot.remote() for s in self._shards]))
 
     def restarts(self) -> dict[str, int]:
         return dict(self._restarts)
@@ -176,15 +200,16 @@ class RayBackend:
             "workers": self._workers,
             "device": device,
             "gpus_per_worker": self._gpus,
+            "server_shards": len(self._shards) or self._runtime.server_shards,
         }
 
     def close(self) -> None:
         for handle in self._handles.values():
             _kill(handle.actor)
-        if self._server is not None:
-            _kill(self._server)
+        for shard in self._shards:
+            _kill(shard)
         self._handles.clear()
-        self._server = None
+        self._shards.clear()
         if self._started_here:
             ray.shutdown()
 
@@ -213,8 +238,8 @@ class RayBackend:
             return Joined(number)
         lease, gradients = handle.answers.pop(ref)
         if lease.round.kind == "train":
-            assert self._server is not None
-            self._adding.append(self._server.add.remote(lease.round.version, lease.round.microbatches, gradients))
+            for shard, part in zip(self._shards, gradients, strict=True):
+                self._adding.append(shard.add.remote(lease.round.version, lease.round.microbatches, part))
         return Computed(number, value)
 
     def _replace(self, number: int, handle: _Handle, error: RayActorError) -> Event:

@@ -55,7 +55,7 @@ def trained(name: str, workers: int, steps: int = 3) -> str:
         leases = [Lease(i, round, a, z) for i, (a, z) in enumerate(zip(cuts, cuts[1:], strict=False)) if a < z]
         weights = server.weights()
         for i in reversed(range(len(leases))):
-            _, blocks = crew[(i + version) % workers].compute(leases[i], weights)
+            _, blocks = crew[(i + version) % workers].compute(leases[i], [weights])
             server.add(version, round.microbatches, blocks)
         server.commit(version, round.tasks)
     for worker in crew:
@@ -78,6 +78,7 @@ def run(words: list[str], run_dir: Path) -> dict[str, Any]:
 
 
 @LISTED
+@pytest.mark.usefixtures("no_pictures")
 def test_a_run_that_stopped_goes_on_to_the_same_weights(name: str, tmp_path: Path) -> None:
     import yaml
 

@@ -87,7 +87,7 @@ def test_an_inner_step_is_kept_or_computed_again_as_said() -> None:
         engine = Engine("vectorised", "trace", recompute)
         learner = MAML(inner_lr=0.1, inner_steps=4).bind(model, resolve_objective("mse", batch(2).query.y[0]), engine)
         learner.meta_gradient(model.initial_params(), batch(2))
-        (program, *_), = (p._programs.values() for p in list(engine._programs.values())[:1])
+        ((program, *_),) = (p._programs.values() for p in list(engine._programs.values())[:1])
         sizes[recompute] = len(program[0].graph.nodes)
     assert sizes[True] > 1.15 * sizes[False]
 

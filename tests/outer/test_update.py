@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from metadist.config.schema import OuterConfig
-from metadist.outer.update import MetaUpdate, global_norm, learning_rate
+from metadist.outer.update import MetaUpdate, chunk_squares, chunk_starts, learning_rate, norm_of
 
 TASKS = 4
 
@@ -21,6 +21,10 @@ def options(**changes: Any) -> dict[str, Any]:
 def gradients(n: int = 6, size: int = 50) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
     return [torch.randn(size, generator=generator) * 3 for _ in range(n)]
+
+
+def global_norm(*tensors: torch.Tensor) -> float:
+    return norm_of(chunk_squares(torch.cat(tensors), chunk_starts([len(t) for t in tensors])))
 
 
 def start(size: int = 50) -> torch.Tensor:
@@ -133,6 +137,7 @@ def test_a_large_float32_gradient_does_not_overflow_its_norm() -> None:
 
 def test_the_norm_crosses_chunks() -> None:
     assert global_norm(torch.ones((1 << 16) * 2 + 7)) == math.sqrt((1 << 17) + 7)
+    assert global_norm(torch.ones((1 << 16) * 2 + 7), torch.ones(3), torch.ones(0)) == math.sqrt((1 << 17) + 10)
 
 
 # --------------------------------------------------------------------------- stop and go on

@@ -35,6 +35,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return results(run_dir)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_run_stopped_within_a_horizon_and_resumed_has_the_same_bits(undisturbed: Any, tmp_path: Path) -> None:
     train(experiment("pes", outer={"steps": 4}), tmp_path / "run")
     resume(tmp_path / "run", ("outer.steps=8",))
@@ -42,6 +43,7 @@ def test_a_run_stopped_within_a_horizon_and_resumed_has_the_same_bits(undisturbe
 
 
 @pytest.mark.parametrize("lost", ["carried", "xi"])
+@pytest.mark.usefixtures("no_pictures")
 def test_the_check_of_resuming_notices_lost_state(
     lost: str, undisturbed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
@@ -62,6 +64,7 @@ def test_the_check_of_resuming_notices_lost_state(
 
 
 @pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.usefixtures("cluster")
 def test_ray_gives_the_bits_of_one_process(workers: int, undisturbed: Any, tmp_path: Path) -> None:
     train(experiment("pes", runtime={"type": "ray", "workers": workers}), tmp_path / "run")
     assert results(tmp_path / "run") == undisturbed
@@ -90,7 +93,7 @@ def test_a_task_that_is_not_finite_is_named() -> None:
     poisoned = weights.copy()
     width = (places[0][1] - places[0][0]) // 4
     poisoned[places[0][0] + 2 * width] = float("nan")
-    report, _ = worker.compute(Lease(0, replace(round, version=1, first=6), 0, 1), poisoned)
+    report, _ = worker.compute(Lease(0, replace(round, version=1, first=6), 0, 1), [poisoned])
     assert report.bad_tasks == [numbers[2]]
     worker.close()
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,42 +18,48 @@ from metadist.cli import main
 from metadist.outer import gradient
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 STEPS = 20
+LOCAL = {"runtime.type": "local"}
 
 
 def words(shards: Path, **changes: object) -> list[str]:
     base = {
-        "tasks.path": shards, "outer.steps": STEPS, "engine.compile": "false", "evaluation.episodes": 50,
+        "tasks.path": shards, "outer.steps": STEPS, "engine.compile": "false", "evaluation.episodes": 20,
         "tracking.wandb.mode": "disabled", "tracking.console": "false", "checkpoint.every": 5,
-        "outer.meta_batch_size": 16, "outer.tasks_per_microbatch": 2, "model.filters": 16,
+        "outer.meta_batch_size": 16, "outer.tasks_per_microbatch": 2, "model.filters": 8,
         "outer.schedule": "constant",
     }  # fmt: skip
     return [f"{k}={v}" for k, v in {**base, **changes}.items()]
 
 
-def command(shards: Path, run_dir: Path, **changes: object) -> list[str]:
-    config = ROOT / "configs" / "omniglot_5way1shot_maml.yaml"
-    return [
-        sys.executable,
-        "-m",
-        "metadist.cli",
-        "train",
-        str(config),
-        *words(shards, **changes),
-        "--run-dir",
-        str(run_dir),
-    ]
+CONFIG = str(ROOT / "configs" / "omniglot_5way1shot_maml.yaml")
+
+
+def started(shards: Path, run_dir: Path, **changes: object) -> subprocess.Popen:
+    """A run in a process of its own."""
+    command = [sys.executable, "-m", "metadist.cli", "train", CONFIG, *words(shards, **changes)]
+    return subprocess.Popen([*command, "--run-dir", str(run_dir)], cwd=ROOT)
 
 
 def run(shards: Path, run_dir: Path, **changes: object) -> dict:
-    subprocess.run(command(shards, run_dir, **changes), check=True, timeout=240, cwd=ROOT)
+    """A run in this process."""
+    invoke(["train", CONFIG, *words(shards, **changes), "--run-dir", str(run_dir)])
     return json.loads((run_dir / "summary.json").read_text())
+
+
+def invoke(arguments: list[str]) -> None:
+    from click.testing import CliRunner
+
+    result = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
 
 
 @pytest.fixture(scope="module")
 def undisturbed(omniglot_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, list[str]]:
     run_dir = tmp_path_factory.mktemp("p1") / "local"
-    summary = run(omniglot_shards, run_dir, **{"runtime.type": "local"})
+    summary = run(omniglot_shards, run_dir, **LOCAL)
     return summary, numbers(run_dir)
 
 
@@ -65,56 +72,61 @@ def numbers(run_dir: Path) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
-def test_ray_gives_the_bits_of_one_process(omniglot_shards, undisturbed, tmp_path, workers):
-    summary = run(omniglot_shards, tmp_path / "run", **{"runtime.type": "ray", "runtime.workers": workers})
+@pytest.mark.parametrize(("workers", "shards"), [(1, 1), (2, 4), (3, 2)])
+@pytest.mark.usefixtures("cluster")
+def test_ray_gives_the_bits_of_one_process(omniglot_shards, undisturbed, tmp_path, workers, shards):
+    many = {"runtime.type": "ray", "runtime.workers": workers, "runtime.server_shards": shards}
+    summary = run(omniglot_shards, tmp_path / "run", **many)
+    assert summary["runtime"]["server_shards"] == shards
     assert summary["meta_params_sha256"] == undisturbed[0]["meta_params_sha256"]
     assert summary["evaluation"] == undisturbed[0]["evaluation"]
     assert numbers(tmp_path / "run") == undisturbed[1]
 
 
+@pytest.mark.usefixtures("cluster")
 def test_a_killed_and_resumed_run_gives_the_same_bits(omniglot_shards, undisturbed, tmp_path):
     run_dir = tmp_path / "run"
     # Slow enough to be caught in the middle, and killed without a chance to tidy up.
-    process = subprocess.Popen(command(omniglot_shards, run_dir, **{"runtime.type": "local"}), cwd=ROOT)
-    wait_for_step(run_dir, 9, process)
+    process = started(omniglot_shards, run_dir, **LOCAL)
+    wait_for_step(run_dir, 7, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (run_dir / "summary.json").exists(), "the kill came too late to test anything"
-    subprocess.run(
-        [sys.executable, "-m", "metadist.cli", "resume", str(run_dir), "runtime.type=ray", "runtime.workers=2"],
-        check=True,
-        timeout=240,
-        cwd=ROOT,
-    )
+    # By another number of workers and of shards than wrote the checkpoint.
+    invoke(["resume", str(run_dir), "runtime.type=ray", "runtime.workers=2", "runtime.server_shards=3"])
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["meta_params_sha256"] == undisturbed[0]["meta_params_sha256"]
     assert summary["restarts"]["driver"] == 1
     assert numbers(run_dir) == undisturbed[1], "a line of metrics.jsonl is missing, doubled or different"
 
 
+@pytest.mark.usefixtures("cluster")
 def test_a_worker_killed_in_the_middle_changes_nothing(omniglot_shards, undisturbed, tmp_path):
     run_dir = tmp_path / "run"
-    process = subprocess.Popen(
-        command(omniglot_shards, run_dir, **{"runtime.type": "ray", "runtime.workers": 2}), cwd=ROOT
-    )
-    wait_for_step(run_dir, 3, process)
-    os.kill(a_worker_of(process.pid), signal.SIGKILL)
-    assert process.wait(timeout=240) == 0
-    summary = json.loads((run_dir / "summary.json").read_text())
-    assert summary["restarts"]["worker"] == 1, "the fault was not seen to fire"
+    killed = []
+
+    def kill() -> None:
+        wait_for_step(run_dir, 3)
+        killed.append(a_worker_of(os.getpid()))
+        os.kill(killed[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    summary = run(omniglot_shards, run_dir, **{"runtime.type": "ray", "runtime.workers": 2})
+    killer.join()
+    assert killed and summary["restarts"]["worker"] == 1, "the fault was not seen to fire"
     assert summary["meta_params_sha256"] == undisturbed[0]["meta_params_sha256"]
 
 
 def test_ctrl_c_leaves_a_run_that_resumes_to_the_same_bits(omniglot_shards, undisturbed, tmp_path):
     run_dir = tmp_path / "run"
-    process = subprocess.Popen(command(omniglot_shards, run_dir, **{"runtime.type": "local"}), cwd=ROOT)
+    process = started(omniglot_shards, run_dir, **LOCAL)
     wait_for_step(run_dir, 3, process)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130
     stopped_at = int((run_dir / "checkpoints" / "latest").read_text())
     assert stopped_at == len(numbers(run_dir)) < STEPS
-    subprocess.run([sys.executable, "-m", "metadist.cli", "resume", str(run_dir)], check=True, timeout=240, cwd=ROOT)
+    invoke(["resume", str(run_dir)])
     assert (
         json.loads((run_dir / "summary.json").read_text())["meta_params_sha256"] == undisturbed[0]["meta_params_sha256"]
     )
@@ -129,7 +141,7 @@ def test_the_check_notices_another_order_of_summation(omniglot_shards, undisturb
         return {gradient.Block((count - 1).bit_length(), 0): total}
 
     monkeypatch.setattr("metadist.worker.partial_sums", in_order_of_arrival)
-    assert in_process(omniglot_shards, tmp_path)["meta_params_sha256"] != undisturbed[0]["meta_params_sha256"]
+    assert run(omniglot_shards, tmp_path / "run", **LOCAL)["meta_params_sha256"] != undisturbed[0]["meta_params_sha256"]
 
 
 def test_the_check_notices_another_seeding(omniglot_shards, undisturbed, tmp_path, monkeypatch):
@@ -138,14 +150,14 @@ def test_the_check_notices_another_seeding(omniglot_shards, undisturbed, tmp_pat
     monkeypatch.setattr(
         Round, "episodes", lambda self, m: range(m * self.tasks_per_microbatch, (m + 1) * self.tasks_per_microbatch)
     )
-    assert in_process(omniglot_shards, tmp_path)["meta_params_sha256"] != undisturbed[0]["meta_params_sha256"]
+    assert run(omniglot_shards, tmp_path / "run", **LOCAL)["meta_params_sha256"] != undisturbed[0]["meta_params_sha256"]
 
 
 @pytest.mark.parametrize("forgets", [False, True], ids=["whole state", "forgotten optimizer state"])
 def test_the_check_notices_a_forgotten_optimizer_state(omniglot_shards, undisturbed, tmp_path, monkeypatch, forgets):
     from metadist.outer.update import MetaUpdate
 
-    in_process(omniglot_shards, tmp_path, until=9)
+    run(omniglot_shards, tmp_path / "run", **LOCAL, **{"outer.steps": 9})
     if forgets:
         load = MetaUpdate.load
         monkeypatch.setattr(MetaUpdate, "load", lambda self, vector, state, version: load(self, vector, {}, version))
@@ -154,33 +166,12 @@ def test_the_check_notices_a_forgotten_optimizer_state(omniglot_shards, undistur
     assert (summary["meta_params_sha256"] != undisturbed[0]["meta_params_sha256"]) == forgets
 
 
-def in_process(shards: Path, tmp_path: Path, until: int = STEPS) -> dict:
-    config = str(ROOT / "configs" / "omniglot_5way1shot_maml.yaml")
-    invoke(
-        [
-            "train",
-            config,
-            *words(shards, **{"runtime.type": "local", "outer.steps": until}),
-            "--run-dir",
-            str(tmp_path / "run"),
-        ]
-    )
-    return json.loads((tmp_path / "run" / "summary.json").read_text())
-
-
-def invoke(arguments: list[str]) -> None:
-    from click.testing import CliRunner
-
-    result = CliRunner().invoke(main, arguments, catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-
-
-def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen) -> None:
+def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen | None = None) -> None:
     metrics = run_dir / "metrics.jsonl"
     for _ in range(4000):
         if metrics.exists() and metrics.read_bytes().count(b"\n") >= step:
             return
-        assert process.poll() is None, "the run ended before the fault could be injected"
+        assert process is None or process.poll() is None, "the run ended before the fault could be injected"
         time.sleep(0.02)
     raise AssertionError(f"step {step} never came")
 

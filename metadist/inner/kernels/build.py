@@ -25,9 +25,7 @@ SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 
 
 @functools.cache
-def function(
-    source: Path, name: str, device: torch.device, dtype: torch.dtype, arguments: Sequence[type[Any]]
-) -> Any:
+def function(source: Path, name: str, device: torch.device, dtype: torch.dtype, arguments: Sequence[type[Any]]) -> Any:
     """The C++ function ``name`` for numbers of a kind; None where tensor operations must do.
 
     Args:

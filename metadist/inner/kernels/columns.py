@@ -21,6 +21,7 @@ from metadist.inner.kernels.build import function
 
 _SOURCE = Path(__file__).with_name("columns.cpp")
 
+
 class _Shape(ctypes.Structure):
     """As in columns.cpp."""
 

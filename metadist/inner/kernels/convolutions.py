@@ -47,9 +47,7 @@ class AsProducts(TorchFunctionMode):
         if groups != 1 or dilation != [1, 1] or padding is None or input.dim() != 4:
             return None
         outputs, channels, *kernel = weight.shape
-        out = [
-            columns.output_size(n, *of) for n, *of in zip(input.shape[2:], kernel, stride, padding, strict=True)
-        ]
+        out = [columns.output_size(n, *of) for n, *of in zip(input.shape[2:], kernel, stride, padding, strict=True)]
         if min(out) < 1:
             return None
         if self._fast and winograd.takes(kernel, stride, padding) and min(channels, outputs) >= CHANNELS:
