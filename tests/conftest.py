@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
 
@@ -29,11 +30,16 @@ def metadist_data() -> Path:
 
 @pytest.fixture(scope="session")
 def omniglot_shards(metadist_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Omniglot as shards, packed once."""
+    """Omniglot as shards, packed once, also where several processes share the tests."""
     from metadist.data import pack_omniglot
 
-    out = tmp_path_factory.mktemp("shards") / "omniglot"
-    pack_omniglot(metadist_data / "omniglot", out, splits_dir=metadist_data / "omniglot-splits")
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    out = shared / "omniglot"
+    with (shared / "omniglot.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (out / "metadist.json").exists():
+            pack_omniglot(metadist_data / "omniglot", out, splits_dir=metadist_data / "omniglot-splits")
     return out
 
 

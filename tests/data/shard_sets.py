@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import zipfile
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from metadist.data import ShardSet
@@ -56,11 +54,3 @@ def draw_omniglot(root: Path, characters: int = 8, zipped: bool = True) -> Path:
                     archive.write(file, file.relative_to(root))
             shutil.rmtree(root / part)
     return root
-
-
-def real_omniglot() -> Path:
-    """The directory of METADIST_DATA; skips the test where there is none."""
-    root = os.environ.get("METADIST_DATA", "")
-    if not root or not (Path(root) / "omniglot").is_dir() or not (Path(root) / "omniglot-splits").is_dir():
-        pytest.skip("set METADIST_DATA to a directory with omniglot/ and omniglot-splits/ to run this on real data")
-    return Path(root)

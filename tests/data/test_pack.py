@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from shard_sets import SPLITS, draw_omniglot, images, real_omniglot
+from shard_sets import SPLITS, draw_omniglot, images
 
 from metadist.data import ShardSet, info, pack_arrays, pack_folder, pack_omniglot, verify
 from metadist.errors import DataError
@@ -192,15 +192,14 @@ def test_without_source_both_zips_are_downloaded(
     assert m.examples == 160
 
 
-def test_real_omniglot_has_the_vinyals_counts(tmp_path: Path) -> None:
-    root = real_omniglot()
-    m = pack_omniglot(root / "omniglot", tmp_path / "out", splits_dir=root / "omniglot-splits")
+def test_real_omniglot_has_the_vinyals_counts(omniglot_shards: Path) -> None:
+    m = ShardSet(omniglot_shards).manifest
     assert {s: len(c) for s, c in m.splits.items()} == {"train": 1028, "validation": 172, "test": 423}
     assert (len(m.classes), m.examples, m.blocks) == (1623, 32460, 1623)
     assert sum(map(len, m.splits.values())) == len({c for members in m.splits.values() for c in members})
-    assert verify(tmp_path / "out").content_id == m.content_id
+    assert verify(omniglot_shards).content_id == m.content_id
     braille = m.classes.index("Braille/character10")
-    block = ShardSet(tmp_path / "out").block(braille)
+    block = ShardSet(omniglot_shards).block(braille)
     assert block.mean() < 60  # mostly paper
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metadist.data import pack_arrays, pack_omniglot
+from metadist.data import pack_arrays
 from metadist.data.manifest import Field
 from metadist.data.pack import pack_classes
 from metadist.errors import DataError
@@ -221,12 +220,8 @@ def test_no_episodes_is_refused(packed: Path) -> None:
         ShardTasks(packed, 3, 1, 1).episodes(0, "s", [])
 
 
-def test_real_omniglot_every_class_turns_up(tmp_path: Path) -> None:
-    root = Path(os.environ.get("METADIST_DATA", "nowhere"))
-    if not (root / "omniglot").is_dir():
-        pytest.skip("set METADIST_DATA to a directory with omniglot/ and omniglot-splits/ to run this on real data")
-    pack_omniglot(root / "omniglot", tmp_path / "out", splits_dir=root / "omniglot-splits")
+def test_real_omniglot_every_class_turns_up(omniglot_shards: Path) -> None:
     for split, classes in (("train", 4112), ("validation", 688), ("test", 1692)):
-        tasks = ShardTasks(tmp_path / "out", 5, 1, 1, split=split, rotations="classes")
+        tasks = ShardTasks(omniglot_shards, 5, 1, 1, split=split, rotations="classes")
         drawn = tasks.sampler.draw(0, split, range(12 * classes // 5)).classes
         assert tasks.describe()["classes"] == classes == len(np.unique(drawn))
