@@ -244,7 +244,11 @@ class RuntimeConfig(Section):
     server_shards: Positive = Field(
         1, description="actors that the parameter server is cut into, for models of 100 MB and more; changes no bit"
     )
-    lease_timeout_s: Rate = Field(300.0, description="silence after which a microbatch is leased a second time")
+    lease_timeout_s: Rate = Field(
+        600.0,
+        description="silence after which a worker is taken to hang and is replaced; six times as long for its first "
+        "answer. Microbatches that are merely late are given to idle workers as well, by what the run has learned",
+    )
     worker_logs: bool = Field(False, description="show what workers print")
     max_worker_restarts: Natural = Field(20, description="dead workers replaced before the run gives up")
 

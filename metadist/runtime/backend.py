@@ -68,6 +68,13 @@ class Backend(Protocol):
             MetadistError: a worker's own error, or too many deaths.
         """
 
+    def dismiss(self, worker: int, reason: str) -> Died:
+        """Ends a worker that answers no more; a replacement may come.
+
+        Raises:
+            MetadistError: too many have gone.
+        """
+
     def commit(self, version: int, tasks: int) -> dict[str, float]:
         """Makes the next version of the gradients that have come; returns the update's statistics."""
 

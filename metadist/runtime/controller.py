@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -9,11 +10,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from metadist.errors import ClusterError, NonFiniteError
-from metadist.runtime.backend import Backend, Computed, Died
+from metadist.runtime.backend import Backend, Computed, Died, Event
 from metadist.runtime.leases import Ledger
-from metadist.worker import Report, Round
+from metadist.runtime.pace import Pace
+from metadist.worker import Lease, Report, Round
 
-_POLL_S = 1.0
+_POLL_S, _LEAST_S = 1.0, 0.001
 _ALONE_S = 300.0
 
 
@@ -45,7 +47,7 @@ class Controller:
 
     Args:
         backend: where workers and server live.
-        lease_timeout_s: after how long a microbatch is leased a second time.
+        lease_timeout_s: after how much silence a worker is taken to hang, and replaced (:class:`Pace`).
         on_event: told of every death and arrival, in words.
         clock: seconds, for tests.
     """
@@ -57,9 +59,11 @@ class Controller:
         on_event: Callable[[str], None] = lambda text: None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.backend, self.lease_timeout_s, self.on_event, self.clock = backend, lease_timeout_s, on_event, clock
+        self.backend, self.on_event, self.clock = backend, on_event, clock
+        self.pace = Pace(lease_timeout_s)
         self.releases = 0
         self._next_lease = 0
+        self._asked: dict[int, tuple[Lease, float]] = {}
 
     def run(self, round: Round) -> RoundResult:
         """Computes every microbatch of a round, whoever dies on the way.
@@ -84,16 +88,19 @@ class Controller:
         self._alone_since: float | None = None
         while not ledger.finished:
             self._mind_absence()
-            for event in self.backend.wait(_POLL_S):
+            for event in [*self.backend.wait(self._until_late()), *self._hanging()]:
                 if isinstance(event, Computed):
                     self._computed(event)
                 elif isinstance(event, Died):
                     lost = ledger.lose(event.worker)
+                    self.pace.forget(event.worker)
+                    self._asked.pop(event.worker, None)
                     self.on_event(f"worker {event.worker} died ({event.reason}); {lost} microbatches go to others")
                 else:
                     self.on_event(f"worker {event.worker} joined")
             self._lend()
         self._next_lease = ledger.next_number
+        self.pace.pass_over(ledger.round.kind, [w for w in self.backend.workers() if w not in ledger.lent])
         self.releases += ledger.releases
         return self._result()
 
@@ -109,16 +116,41 @@ class Controller:
             raise no_workers(now - self._alone_since)
 
     def _lend(self) -> None:
-        now = self.clock()
+        now, kind = self.clock(), self._ledger.round.kind
         idle = self.backend.idle()
-        leases = self._ledger.deal(idle, now)
+        leases = self._ledger.deal(idle, now, functools.partial(self.pace.shares, kind))
         taken = {worker for worker, _ in leases}
         spare = [w for w in idle if w not in taken]
-        for worker, lease in leases + self._ledger.deal_again(spare, now, self.lease_timeout_s):
+        for worker, lease in leases + self._ledger.deal_again(spare, now, self._patience):
+            self._asked[worker] = lease, now
             self.backend.lease(worker, lease)
+
+    def _patience(self, lease: Lease) -> float:
+        return self.pace.patience(lease.round.kind, lease.stop - lease.start)
+
+    def _until_late(self) -> float:
+        """Seconds to wait for news: no longer than until somebody idle could take over from somebody late."""
+        if not self.backend.idle():
+            return _POLL_S
+        now = self.clock()
+        late = [since + self._patience(lease) - now for _, lease, since in self._ledger.held()]
+        return max(_LEAST_S, min([_POLL_S, *(s for s in late if s > -_LEAST_S)]))
+
+    def _hanging(self) -> list[Event]:
+        """Dismisses workers that hold a lease, of this round or an earlier one, for too long."""
+        now = self.clock()
+        silent = [(w, lease.round.kind, now - since) for w, (lease, since) in self._asked.items()]
+        return [
+            self.backend.dismiss(worker, f"silent for {seconds:.0f} s")
+            for worker, kind, seconds in silent
+            if seconds > self.pace.end_of_patience(kind, worker)
+        ]
 
     def _computed(self, event: Computed) -> None:
         report = event.report
+        lease, since = self._asked.pop(event.worker, (None, 0.0))
+        if lease is not None:
+            self.pace.note(lease.round.kind, event.worker, lease.stop - lease.start, self.clock() - since)
         fresh = self._ledger.complete(report.lease)
         if not fresh:
             return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from metadist.worker import Lease, Round
@@ -15,6 +15,9 @@ class _Held:
     since: float
 
 
+Shares = Callable[[int, Sequence[int]], Sequence[int]]
+
+
 class Ledger:
     """The leases of one round.
 
@@ -24,12 +27,15 @@ class Ledger:
     Args:
         round: the work.
         first_number: number of the first lease given out.
+
+    ``lent`` holds everybody who got a lease.
     """
 
     def __init__(self, round: Round, first_number: int = 0) -> None:
         self.round = round
         self.next_number = first_number
         self.releases = 0
+        self.lent: set[int] = set()
         self._done: set[int] = set()
         self._leased: dict[int, _Held] = {}
 
@@ -38,25 +44,35 @@ class Ledger:
         """Whether every microbatch is done."""
         return len(self._done) == self.round.microbatches
 
-    def deal(self, idle: Sequence[int], now: float) -> list[tuple[int, Lease]]:
-        """Leases of what is waiting, in equal consecutive shares to the workers that are idle."""
+    def deal(self, idle: Sequence[int], now: float, shares: Shares | None = None) -> list[tuple[int, Lease]]:
+        """Leases of what is waiting, in consecutive shares to the workers that are idle.
+
+        Args:
+            idle: the workers.
+            now: seconds.
+            shares: ``shares(microbatches, workers)`` says how many each gets; None: equally many.
+        """
         waiting = self._waiting()
+        parts = (shares or _equal)(len(waiting), idle)
         dealt: list[tuple[int, Lease]] = []
-        for i, worker in enumerate(idle):
-            if not waiting:
-                break
-            share = -(-len(waiting) // (len(idle) - i))
-            run = _leading_run(waiting)[:share]
-            waiting = waiting[len(run) :]
-            dealt.append((worker, self._lend(worker, run, now)))
+        owed = 0
+        for worker, share in zip(idle, parts, strict=True):
+            owed += share
+            if waiting and owed:
+                run = _leading_run(waiting)[:owed]
+                waiting, owed = waiting[len(run) :], owed - len(run)
+                dealt.append((worker, self._lend(worker, run, now)))
         return dealt
 
-    def deal_again(self, idle: Sequence[int], now: float, timeout: float) -> list[tuple[int, Lease]]:
-        """Second leases, to idle workers, of what others have held longer than ``timeout`` seconds."""
+    def deal_again(
+        self, idle: Sequence[int], now: float, patience: Callable[[Lease], float]
+    ) -> list[tuple[int, Lease]]:
+        """Second leases, to idle workers, of what others have held for ``patience(lease)`` seconds."""
         dealt: list[tuple[int, Lease]] = []
         twice = {m for held in self._leased.values() for m in self._open(held.lease) if self._holders(m) > 1}
         late = sorted(
-            (h for h in self._leased.values() if now - h.since > timeout), key=lambda h: (h.since, h.lease.number)
+            (h for h in self._leased.values() if now - h.since >= patience(h.lease)),
+            key=lambda h: (h.since, h.lease.number),
         )
         workers = list(idle)
         for held in late:
@@ -68,6 +84,10 @@ class Ledger:
                 dealt.append((worker, self._lend(worker, run, now)))
                 self.releases += 1
         return dealt
+
+    def held(self) -> list[tuple[int, Lease, float]]:
+        """Who holds which lease since when, in order of the leases' numbers."""
+        return [(h.worker, h.lease, h.since) for h in self._leased.values()]
 
     def complete(self, lease: Lease) -> bool:
         """Notes a lease's answer; False if it was not of this round or everything in it was done."""
@@ -95,6 +115,7 @@ class Ledger:
         lease = Lease(self.next_number, self.round, run[0], run[-1] + 1)
         self.next_number += 1
         self._leased[lease.number] = _Held(lease, worker, now)
+        self.lent.add(worker)
         return lease
 
     def _waiting(self) -> list[int]:
@@ -106,6 +127,11 @@ class Ledger:
 
     def _holders(self, microbatch: int) -> int:
         return sum(h.lease.start <= microbatch < h.lease.stop for h in self._leased.values())
+
+
+def _equal(microbatches: int, workers: Sequence[int]) -> list[int]:
+    """As equal as can be, the larger shares first."""
+    return [-(-(microbatches - i) // len(workers)) for i in range(len(workers))]
 
 
 def _leading_run(numbers: Sequence[int]) -> Sequence[int]:

@@ -9,7 +9,7 @@ import torch
 
 from metadist.experiment import Experiment
 from metadist.outer.gradient import Block
-from metadist.runtime.backend import Computed, Event
+from metadist.runtime.backend import Computed, Died, Event
 from metadist.server import ParameterServer
 from metadist.worker import Lease, MetaWorker
 
@@ -53,6 +53,9 @@ class LocalBackend:
             events.append(Computed(0, report))
         self._pending = []
         return events
+
+    def dismiss(self, worker: int, reason: str) -> Died:
+        raise AssertionError("the worker of this process is never silent")
 
     def commit(self, version: int, tasks: int) -> dict[str, float]:
         self._weights, stats = self._server.commit(version, tasks)

@@ -232,7 +232,7 @@ class RayBackend:
         except RayTaskError as e:
             raise _cause(e) from e
         except RayActorError as e:
-            return self._replace(number, handle, e)
+            return self._replace(number, first_line(e))
         if ref == handle.starting:
             handle.starting = None
             return Joined(number)
@@ -242,19 +242,21 @@ class RayBackend:
                 self._adding.append(shard.add.remote(lease.round.version, lease.round.microbatches, part))
         return Computed(number, value)
 
-    def _replace(self, number: int, handle: _Handle, error: RayActorError) -> Event:
-        del self._handles[number]
-        # The actor may still live if it was only out of reach.
-        _kill(handle.actor)
+    def dismiss(self, worker: int, reason: str) -> Died:
+        return self._replace(worker, reason)
+
+    def _replace(self, number: int, reason: str) -> Died:
+        # The actor may still live if it was only out of reach, or hangs.
+        _kill(self._handles.pop(number).actor)
         self._restarts["worker"] += 1
         if self._restarts["worker"] > self._runtime.max_worker_restarts:
             raise ClusterError(
                 "runtime",
-                f"{self._restarts['worker']} workers died, the last of: {first_line(error)}",
+                f"{self._restarts['worker']} workers died, the last of: {reason}",
                 "raise runtime.max_worker_restarts if that is to be expected; memory is the usual cause",
             )
         self._hire()
-        return Died(number, first_line(error))
+        return Died(number, reason)
 
     def _from_server(self, refs: Any) -> Any:
         try:

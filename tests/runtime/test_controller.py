@@ -74,6 +74,11 @@ class Scripted:
             return self._die(worker, lease if action == "die after sending" else None)
         return self._answer(worker, lease) * (2 if action == "twice" else 1)
 
+    def dismiss(self, worker: int, reason: str) -> Died:
+        assert worker in {w for w, _ in self.pending}, f"worker {worker} owes nothing"
+        self._die(worker, None)
+        return Died(worker, reason)
+
     def commit(self, version: int, tasks: int) -> dict[str, float]:
         return self.server.commit(version, tasks)[1]
 
@@ -194,6 +199,72 @@ def test_a_silent_workers_lease_goes_to_another_and_its_late_answer_harms_nothin
     backend.commit(1, TASKS)
     assert backend.server.weights().tobytes() == wanted
     assert second.metrics["loss"].tobytes() == plain[1].metrics["loss"].tobytes()
+
+
+def test_a_worker_that_hangs_over_rounds_is_dismissed_and_replaced() -> None:
+    told: list[str] = []
+    steps = 12
+    wanted = train(Scripted(workers=1), steps)[0]
+    # Worker 0 never answers; worker 1 does everything, its late second lease of the first round as well.
+    backend = Scripted([("silence", 0)] * 3 + [("answer", 1)] * 2, workers=2)
+    driver = controller(backend, on_event=told.append)
+    for version in range(steps):
+        backend.script = backend.script or [("silence", 0)] * 2 + [("answer", 1)] if not told else []
+        driver.run(training_round(version))
+        backend.commit(version, TASKS)
+    assert told == ["worker 0 died (silent for 32 s); 0 microbatches go to others", "worker 2 joined"]
+    assert backend.server.weights().tobytes() == wanted
+
+
+class Timed(Scripted):
+    """Workers that take their time: ``seconds[w]`` a microbatch; whoever is done first answers first."""
+
+    def __init__(self, seconds: Sequence[float]) -> None:
+        super().__init__(workers=len(seconds))
+        self.seconds = seconds
+        self.ends: dict[int, float] = {}
+
+    def lease(self, worker: int, lease: Lease) -> None:
+        super().lease(worker, lease)
+        self.ends[lease.number] = self.now + self.seconds[worker] * (lease.stop - lease.start)
+
+    def wait(self, timeout: float) -> list[Event]:
+        worker, lease = min(self.pending, key=lambda p: self.ends[p[1].number])
+        if self.ends[lease.number] > self.now + timeout:
+            self.now += timeout
+            return []
+        self.now = max(self.now, self.ends[lease.number])
+        return self._answer(worker, lease)
+
+
+def timed(seconds: Sequence[float], rounds: int, **options: Any) -> list[float]:
+    backend = Timed(seconds)
+    driver, taken = Controller(backend, 600.0, clock=lambda: backend.now), []
+    for version in range(rounds):
+        taken.append(driver.run(training_round(version)).seconds)
+        backend.commit(version, TASKS)
+    taken.append(driver.releases)
+    return taken
+
+
+def test_work_is_dealt_by_the_speed_that_was_measured() -> None:
+    # Six microbatches; the second worker is five times faster: five to one, once both are known.
+    *taken, _ = timed([1.0, 0.2], 5)
+    assert taken[0] == pytest.approx(3.0, abs=0.1), "nothing is known yet: three each"
+    assert max(taken[2:]) <= 1.2 + 1e-9
+
+
+def test_of_a_slow_worker_the_others_take_over() -> None:
+    *taken, releases = timed([0.1] * 5 + [0.5], 40)
+    plain = 0.5
+    assert releases >= 1
+    assert np.mean(taken[2:]) <= 0.55 * plain
+    assert max(taken[2:]) <= 0.55 * plain
+
+
+def test_workers_of_one_speed_never_do_anything_twice() -> None:
+    *taken, releases = timed([0.1, 0.11, 0.09], 30)
+    assert releases == 0 and max(taken[2:]) <= 0.25
 
 
 def test_an_evaluation_gathers_its_metrics_in_episode_order_and_leaves_the_server_alone() -> None:

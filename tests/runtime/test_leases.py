@@ -9,6 +9,10 @@ from metadist.runtime.leases import Ledger
 from metadist.worker import Lease, Round
 
 
+def FIVE(lease: Lease) -> float:  # noqa: N802
+    return 5.0
+
+
 def round_of(microbatches: int, version: int = 3) -> Round:
     return Round("train", version, "train", "train", 100, microbatches * 4, 4)
 
@@ -26,6 +30,16 @@ def test_the_last_microbatch_may_be_short() -> None:
 def test_idle_workers_get_equal_consecutive_shares() -> None:
     dealt = Ledger(round_of(8)).deal([2, 5, 7], now=0.0)
     assert spans(dealt) == [(2, 0, 3), (5, 3, 6), (7, 6, 8)]
+
+
+def test_shares_are_as_they_are_told_and_what_a_gap_cuts_off_goes_to_the_next() -> None:
+    assert spans(Ledger(round_of(8)).deal([2, 5, 7], 0.0, lambda n, workers: [1, 0, 7])) == [(2, 0, 1), (7, 1, 8)]
+    ledger = Ledger(round_of(5))
+    leases = [lease for _, lease in ledger.deal([0, 1, 2, 3, 4], now=0.0)]
+    ledger.complete(leases[2])
+    for worker in (0, 1, 3, 4):
+        ledger.lose(worker)
+    assert spans(ledger.deal([7, 8], 0.0, lambda n, workers: [3, 1])) == [(7, 0, 2), (8, 3, 5)]
 
 
 def test_more_workers_than_work_leaves_some_idle() -> None:
@@ -88,17 +102,17 @@ def test_gaps_are_lent_as_runs_of_their_own() -> None:
 def test_silence_is_leased_a_second_time_once() -> None:
     ledger = Ledger(round_of(2))
     ((_, slow),) = ledger.deal([0], now=10.0)
-    assert ledger.deal_again([1], now=15.0, timeout=5.0) == []
-    assert spans(ledger.deal_again([1], now=15.1, timeout=5.0)) == [(1, 0, 2)]
+    assert ledger.deal_again([1], now=14.9, patience=FIVE) == []
+    assert spans(ledger.deal_again([1], now=15.1, patience=FIVE)) == [(1, 0, 2)]
     assert ledger.releases == 1
-    assert ledger.deal_again([2], now=15.2, timeout=5.0) == []
+    assert ledger.deal_again([2], now=15.2, patience=FIVE) == []
     assert ledger.complete(slow) and ledger.finished, "the first answer wins"
 
 
 def test_losing_one_of_two_holders_makes_nothing_wait() -> None:
     ledger = Ledger(round_of(1))
     ledger.deal([0], now=0.0)
-    ledger.deal_again([1], now=9.0, timeout=5.0)
+    ledger.deal_again([1], now=9.0, patience=FIVE)
     assert ledger.lose(0) == 0 and ledger.deal([2], now=9.0) == []
     assert ledger.lose(1) == 1
 
@@ -110,7 +124,7 @@ def test_the_oldest_silence_is_served_first() -> None:
     ledger.deal([1, 2, 3], now=4.0)
     ledger.lose(2)
     ledger.deal([4], now=2.0)
-    assert spans(ledger.deal_again([8], now=20.0, timeout=5.0)) == [(8, 1, 2)]
+    assert spans(ledger.deal_again([8], now=20.0, patience=FIVE)) == [(8, 1, 2)]
 
 
 @settings(deadline=None)
@@ -136,7 +150,7 @@ def test_no_history_loses_or_invents_work(microbatches: int, history: list[tuple
             assert ledger.lose(worker) == len(set(holders) - still)
             held = left
         elif action in ("deal", "again"):
-            dealt = ledger.deal(idle, now) if action == "deal" else ledger.deal_again(idle, now, 3.0)
+            dealt = ledger.deal(idle, now) if action == "deal" else ledger.deal_again(idle, now, lambda lease: 3.0)
             for w, lease in dealt:
                 given = range(lease.start, lease.stop)
                 assert w in idle and lease.number not in held
