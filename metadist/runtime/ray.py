@@ -13,9 +13,10 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import ray
@@ -38,14 +39,24 @@ _START_TIMEOUT_S = 300.0
 _CONNECT_TIMEOUT_S = 20.0
 
 
+class LeaseWorker(Protocol):
+    """What computes leases in a worker's process: :class:`metadist.worker.MetaWorker`, or what stands in for it."""
+
+    def compute(self, lease: Lease, weights: Sequence[np.ndarray]) -> tuple[Report, dict[Block, np.ndarray]]:
+        """See :meth:`metadist.worker.MetaWorker.compute`."""
+
+
+MakeWorker = Callable[[Experiment, str], LeaseWorker]
+
+
 @ray.remote
 class _Worker:
-    def __init__(self, experiment: Experiment, device: str) -> None:
-        self._experiment, self._device = experiment, device
+    def __init__(self, experiment: Experiment, device: str, make: MakeWorker) -> None:
+        self._experiment, self._device, self._make = experiment, device, make
 
     def ready(self) -> dict[str, Any]:
         # Not in the constructor, whose errors reach the driver as text alone.
-        self._worker = MetaWorker(self._experiment, self._device)
+        self._worker = self._make(self._experiment, self._device)
         return {"pid": os.getpid(), "torch": torch.__version__, "threads": torch.get_num_threads()}
 
     def compute(
@@ -93,13 +104,14 @@ class RayBackend:
 
     Args:
         experiment: what is run, with ``engine.strategy`` decided.
+        make_worker: ``make_worker(experiment, device)``, called in each worker's process.
 
     Raises:
         ClusterError: the cluster cannot be reached or has not the GPUs asked for.
     """
 
-    def __init__(self, experiment: Experiment) -> None:
-        self._experiment = experiment
+    def __init__(self, experiment: Experiment, make_worker: MakeWorker = MetaWorker) -> None:
+        self._experiment, self._make_worker = experiment, make_worker
         self._runtime = experiment.config.runtime
         self._handles: dict[int, _Handle] = {}
         self._adding: list[ObjectRef] = []
@@ -222,7 +234,8 @@ class RayBackend:
             "max_restarts": 0,
             "max_task_retries": 0,
         }
-        actor = _Worker.options(**options).remote(self._experiment_ref, "cuda" if self._gpus else "cpu")  # type: ignore[attr-defined]
+        device = "cuda" if self._gpus else "cpu"
+        actor = _Worker.options(**options).remote(self._experiment_ref, device, self._make_worker)  # type: ignore[attr-defined]
         self._handles[self._next_worker] = _Handle(actor, actor.ready.remote())
         self._next_worker += 1
 

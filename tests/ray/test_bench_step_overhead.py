@@ -1,0 +1,61 @@
+"""The benchmark of the distributed layer compares like with like, and its rows add up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from metadist.worker import Lease, Round
+from tools.bench import step_overhead
+from tools.bench.distribution_parts.emulated import EmulatedWorker, gradient, numbers, shapes
+
+
+def test_models_have_the_size_they_are_named_for() -> None:
+    assert numbers("conv4") * 4 / 1e6 == pytest.approx(0.45, abs=0.01)
+    assert numbers("100") * 4 / 1e6 == pytest.approx(100, rel=0.03)
+    assert sum(int(np.prod(s)) for s in shapes("100")) == numbers("100")
+
+
+def test_an_emulated_worker_answers_with_the_sums_of_its_microbatches() -> None:
+    round = Round("train", 0, "train", "train", 0, 4, 1)
+    report, blocks = EmulatedWorker(50, 0.0, None, "cpu").compute(Lease(0, round, 0, 3), [np.zeros(20), np.zeros(30)])  # type: ignore[arg-type]
+    assert len(report.metrics["loss"]) == 3
+    np.testing.assert_allclose(sum(blocks.values()), gradient(50, 0) + gradient(50, 1) + gradient(50, 2), rtol=1e-5)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_all_sides_agree_and_a_row_is_whole(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(step_overhead, "connect", lambda runtime: False)
+    monkeypatch.setattr(step_overhead.ray, "shutdown", lambda: None)
+    words = ["--models", "conv4", "--workers", "1", "--rounds", "2", "--turn-s", "0.05", "--shards", "2"]
+    step_overhead.main([*words, "--json", str(tmp_path / "out" / "found.json")])
+    found = json.loads((tmp_path / "out" / "found.json").read_text())
+    (row,) = found["rows"]
+    assert {"model_mb", "workers", "ms_per_step", "speedup_over_ray_example"} <= row.keys()
+    assert row["workers"] == 1 and row["server_shards"] == 2 and row["model_mb"] == pytest.approx(0.45, abs=0.01)
+    assert all(row[k] > 0 for k in row)
+    assert "speedup_over_ray_example" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_side_that_computes_something_else_is_not_timed(monkeypatch) -> None:
+    monkeypatch.setattr(step_overhead.Example, "flat_weights", lambda self: np.ones(numbers("conv4")))
+    with pytest.raises(AssertionError):
+        step_overhead.compare("conv4", 1, 1, 0.01)
+
+
+def test_sides_take_turns() -> None:
+    order: list[str] = []
+    sides = {name: lambda n, name=name: order.append(name * n) for name in "ab"}
+    found = step_overhead.in_turns(sides, 3, 0.0)
+    assert "".join(order) == "ab" + "ab" + "ba" + "ab" and all(len(times) == 3 for times in found.values())
+
+
+def test_it_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        step_overhead.arguments(["--help"])
+    assert "python tools/bench/step_overhead.py --quick" in capsys.readouterr().out
+    assert step_overhead.arguments(["--quick"]).workers == [4]

@@ -1,0 +1,137 @@
+"""What the distributed layer costs: the time of a meta-update whose microbatches cost nothing to compute.
+
+Workers answer at once with gradients made before; leases, object store, sum, update and commit are the real ones.
+Beside it, in the same processes and in turns:
+
+- the pattern of Ray's parameter-server example: state dicts and lists of arrays (``speedup_over_ray_example``),
+- Ray calls of the same number that carry nothing (``ratio_to_empty_calls``),
+- gloo's all-reduce of the flat vector, which sums and does not update.
+
+Before anything is timed, all are checked to come to the same weights, or the same sum.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # for tools.bench, from wherever this is run, and for the workers
+
+from metadist.config.schema import RuntimeConfig  # noqa: E402
+from metadist.runtime.ray import connect  # noqa: E402
+from tools.bench._tables import show_table  # noqa: E402
+from tools.bench.distribution_parts.emulated import EmulatedRun, gradient, numbers  # noqa: E402
+from tools.bench.distribution_parts.peers import Example  # noqa: E402
+
+COLUMNS = ("model_mb", "workers", "ms_per_step", "ray_example_ms", "speedup_over_ray_example", "empty_calls_ms",
+           "ratio_to_empty_calls", "all_reduce_ms")  # fmt: skip
+WARM_UP = 3
+
+
+def compare(model: str, workers: int, rounds: int, turn_s: float, shards: int = 1) -> dict[str, Any]:
+    """One row: every side of a model and a number of workers, in turns.
+
+    Raises:
+        AssertionError: they do not compute the same.
+    """
+    ours, example = EmulatedRun(model, workers, shards=shards), Example(model, workers)
+    try:
+        for _ in range(WARM_UP):
+            ours.step()
+            example.step()
+            example.empty_step()
+        np.testing.assert_allclose(ours.weights(), example.flat_weights(), rtol=1e-4, atol=1e-6)
+        total = sum(gradient(numbers(model), m)[:1000].astype(np.float64) for m in range(workers))
+        np.testing.assert_allclose(example.all_reduce(1), total, rtol=1e-4, atol=1e-5)
+        sides: dict[str, Callable[[int], Any]] = {
+            "ours": lambda n: [ours.step() for _ in range(n)],
+            "example": lambda n: [example.step() for _ in range(n)],
+            "empty": lambda n: [example.empty_step() for _ in range(n)],
+            "all_reduce": example.all_reduce,
+        }
+        found = in_turns(sides, rounds, turn_s)
+    finally:
+        ours.close()
+        example.close()
+    ms = {name: 1e3 * statistics.median(times) for name, times in found.items()}
+    speedups = [b / a for a, b in zip(found["ours"], found["example"], strict=True)]
+    return {
+        "model_mb": round(numbers(model) * 4 / 1e6, 2), "workers": workers, "server_shards": shards,
+        "ms_per_step": ms["ours"], "ray_example_ms": ms["example"], "empty_calls_ms": ms["empty"],
+        "all_reduce_ms": ms["all_reduce"], "speedup_over_ray_example": statistics.median(speedups),
+        "ratio_to_empty_calls": statistics.median(a / b for a, b in zip(found["ours"], found["empty"], strict=True)),
+        "rounds": rounds,
+    }  # fmt: skip
+
+
+def in_turns(sides: dict[str, Callable[[int], Any]], rounds: int, turn_s: float) -> dict[str, list[float]]:
+    """Seconds a step of each side in each round; the sides take turns, beginning with another one every round."""
+    steps = {}
+    for name, side in sides.items():
+        start = time.perf_counter()
+        side(1)
+        steps[name] = max(1, min(200, round(turn_s / (time.perf_counter() - start))))
+    names, found = list(sides), {name: [0.0] * rounds for name in sides}
+    for r in range(rounds):
+        for name in names[r % len(names) :] + names[: r % len(names)]:
+            start = time.perf_counter()
+            sides[name](steps[name])
+            found[name][r] = (time.perf_counter() - start) / steps[name]
+    return found
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    return [f"{row[c]:.3g}" if isinstance(row[c], float) else str(row[c]) for c in COLUMNS]
+
+
+def arguments(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example:\n  python tools/bench/step_overhead.py --quick --json step_overhead.json",
+    )  # fmt: skip
+    parser.add_argument("--models", nargs="+", default=["conv4", "100"], metavar="MODEL",
+                        help="conv4, or a size in MB (default: conv4 100)")  # fmt: skip
+    parser.add_argument("--workers", nargs="+", type=int, default=[4, 16], metavar="N", help="default: 4 16")
+    parser.add_argument("--shards", type=int, default=1, metavar="N", help="of the parameter server (default: 1)")
+    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="turns of each side (default: 7)")
+    parser.add_argument("--turn-s", type=float, default=2.0, metavar="S", help="seconds of a turn (default: 2)")
+    parser.add_argument("--quick", action="store_true", help="4 workers, shorter turns: under five minutes")
+    parser.add_argument("--json", type=Path, metavar="FILE", help='write {"rows": [...]} and how they came about')
+    found = parser.parse_args(words)
+    if found.quick:
+        found.workers, found.rounds, found.turn_s = [4], 5, 0.5
+    return found
+
+
+def main(words: list[str] | None = None) -> None:
+    options = arguments(words)
+    rows = []
+    for workers in options.workers:
+        connect(RuntimeConfig(workers=2 * workers))
+        try:
+            rows += [compare(m, workers, options.rounds, options.turn_s, options.shards) for m in options.models]
+        finally:
+            ray.shutdown()
+    show_table(COLUMNS, [cells(row) for row in rows], words=0)
+    if options.json:
+        setup = {"date": datetime.date.today().isoformat(), "cpu_cores": os.cpu_count(), "torch": torch.__version__,
+                 "ray": ray.__version__}  # fmt: skip
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps({"rows": rows, "setup": setup}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
