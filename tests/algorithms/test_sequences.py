@@ -221,7 +221,7 @@ def test_the_evaluation_gathers_them() -> None:
 
 def experiment(algorithm: str, **tasks: Any) -> Experiment:
     sections = {"tasks": {"type": "glyphs", "ways": 3, **tasks}, "model": {"type": "flatten", "size": 4},
-                "algorithm": {"type": algorithm}, "outer": {"steps": 1}}  # fmt: skip
+                "algorithm": {"type": algorithm}, "outer": {"steps": 1}, "engine": {"compile": False}}  # fmt: skip
     return Experiment(validate(sections, "test"))
 
 
@@ -256,7 +256,7 @@ def _all(*groups: dict[str, Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize("algorithm", ["mann", "snail"])
 def test_numbers_are_read_and_written(algorithm: str) -> None:
     sections = {"tasks": {"type": "sinusoid", "shots": 3, "query_shots": 2}, "model": {"type": "mlp", "hidden": [4]},
-                "algorithm": {"type": algorithm}}  # fmt: skip
+                "algorithm": {"type": algorithm}, "engine": {"compile": False}}  # fmt: skip
     made = Experiment(validate(sections, "test"))
     learner, batch = made.learner(), made.source("train").episodes(0, "train", [0, 1])
     results = learner.meta_gradient(learner.initial_meta_params(), batch)

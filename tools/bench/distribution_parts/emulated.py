@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -68,6 +70,26 @@ class EmulatedWorker:
         tasks = sum(len(lease.round.episodes(m)) for m in members)
         report = Report(lease, {"loss": np.zeros(tasks)}, wait, 0.0)
         return report, partial_sums(lease.start, (self._made[m] for m in members), lease.round.microbatches)
+
+
+class OneSlowWorker(EmulatedWorker):
+    """The worker whose process comes first to ``mark`` waits ``factor`` times as long as the others.
+
+    Args:
+        mark: a file that does not exist yet.
+        factor: how much slower it is.
+        numel, seconds, experiment, device: as of :class:`EmulatedWorker`.
+    """
+
+    def __init__(
+        self, mark: Path, factor: float, numel: int, seconds: float, experiment: Experiment, device: str
+    ) -> None:
+        try:
+            os.close(os.open(mark, os.O_CREAT | os.O_EXCL))
+            seconds *= factor
+        except FileExistsError:
+            pass
+        super().__init__(numel, seconds, experiment, device)
 
 
 class EmulatedRun:

@@ -1,0 +1,167 @@
+"""How throughput grows with workers, and what one slow worker costs.
+
+Workers are emulated: they wait for a given time where they would compute, so that a machine with two cores can hold 64
+of them. Leases, object store, sum, update and commit are the real ones.
+
+``scaling``: steps of one microbatch a worker. Efficiency is the wait over the step; beside it stands what a simulation
+of the messages predicts, whose two constants are measured in the same run with steps that wait for nothing.
+``straggler``: eight workers, one of them five times slower. Plain synchronous steps (equal shares, nothing leased
+twice) against those of the controller, which deals by measured speed and leases again what is late, in turns; the
+weights after as many steps are checked to be the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # for tools.bench, from wherever this is run, and for the workers
+
+from metadist.config.schema import RuntimeConfig  # noqa: E402
+from metadist.runtime.pace import Pace  # noqa: E402
+from metadist.runtime.ray import connect  # noqa: E402
+from tools.bench._tables import show_table  # noqa: E402
+from tools.bench.distribution_parts.emulated import EmulatedRun, OneSlowWorker  # noqa: E402
+from tools.bench.distribution_parts.simulator import Costs, simulated_step  # noqa: E402
+
+SCALING = ("workers", "microbatch_ms", "ms_per_step", "efficiency", "predicted_ms", "measured_over_predicted")
+STRAGGLER = ("workers", "slow_by", "microbatch_ms", "plain_ms", "ms_per_step", "ratio_to_plain", "releases")
+CALIBRATION = (2, 8)
+WARM_UP, SLOW_BY, EIGHT = 4, 5.0, 8
+
+
+class PlainPace(Pace):
+    """Equal shares, and nothing is late before it hangs."""
+
+    def shares(self, kind: str, microbatches: int, workers: Sequence[int]) -> list[int]:
+        return [-(-(microbatches - i) // len(workers)) for i in range(len(workers))]
+
+    def patience(self, kind: str, microbatches: int) -> float:
+        return self.timeout_s
+
+
+def step_times(run: EmulatedRun, steps: int) -> list[float]:
+    """Seconds of each of so many steps."""
+    times = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        run.step()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def median_step(workers: int, seconds: float, steps: int) -> float:
+    """The median of a step's seconds, once it is warm."""
+    run = EmulatedRun("conv4", workers, seconds=seconds)
+    try:
+        step_times(run, WARM_UP)
+        return statistics.median(step_times(run, steps))
+    finally:
+        run.close()
+
+
+def scaling(counts: Sequence[int], seconds: float, steps: int) -> list[dict[str, Any]]:
+    """A row for each number of workers."""
+    few, many = CALIBRATION
+    costs = Costs.of((few, median_step(few, 0.0, 10 * steps)), (many, median_step(many, 0.0, 10 * steps)))
+    rows = []
+    for workers in counts:
+        measured, predicted = median_step(workers, seconds, steps), simulated_step(workers, seconds, costs)
+        rows.append({
+            "workers": workers, "microbatch_ms": 1e3 * seconds, "ms_per_step": 1e3 * measured,
+            "efficiency": seconds / measured, "predicted_ms": 1e3 * predicted,
+            "measured_over_predicted": measured / predicted, "steps": steps,
+        })  # fmt: skip
+    return rows
+
+
+def straggler(seconds: float, steps: int, rounds: int = 3) -> dict[str, Any]:
+    """The row of one slow worker among eight.
+
+    Raises:
+        AssertionError: the weights differ.
+    """
+    runs: dict[str, EmulatedRun] = {}
+    times: dict[str, list[float]] = {"plain": [], "ours": []}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for name in times:
+                make = functools.partial(OneSlowWorker, Path(folder) / name, SLOW_BY)
+                runs[name] = EmulatedRun("conv4", EIGHT, seconds=seconds, make_worker=make)
+            runs["plain"].controller.pace = PlainPace(600.0)
+            for name, run in runs.items():
+                step_times(run, WARM_UP)
+                assert run.version == WARM_UP, name
+            for _ in range(rounds):
+                for name, run in runs.items():
+                    times[name] += step_times(run, steps)
+            same = runs["plain"].weights().tobytes() == runs["ours"].weights().tobytes()
+            assert same, "the weights with duplicate leases are not those without"
+            releases = runs["ours"].controller.releases
+        finally:
+            for run in runs.values():
+                run.close()
+    # Means: what is saved in most steps must not be paid for in a few.
+    plain, ours = statistics.mean(times["plain"]), statistics.mean(times["ours"])
+    return {
+        "workers": EIGHT, "slow_by": SLOW_BY, "microbatch_ms": 1e3 * seconds, "plain_ms": 1e3 * plain,
+        "ms_per_step": 1e3 * ours, "ratio_to_plain": ours / plain, "releases": releases, "steps": steps * rounds,
+    }  # fmt: skip
+
+
+def cells(row: dict[str, Any], columns: Sequence[str]) -> list[str]:
+    return [f"{row[c]:.3g}" if isinstance(row[c], float) else str(row[c]) for c in columns]
+
+
+def arguments(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example:\n  python tools/bench/scaling.py --quick --json scaling.json",
+    )  # fmt: skip
+    parser.add_argument("--workers", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64], metavar="N",
+                        help="default: 1 2 4 8 16 32 64")  # fmt: skip
+    parser.add_argument("--seconds", type=float, default=0.2, metavar="S", help="of a microbatch (default: 0.2)")
+    parser.add_argument("--steps", type=int, default=20, metavar="N", help="timed of each (default: 20)")
+    parser.add_argument("--only", choices=["scaling", "straggler"], help="leave the other part out")
+    parser.add_argument("--quick", action="store_true", help="up to 8 workers, fewer steps: under five minutes")
+    parser.add_argument("--json", type=Path, metavar="FILE", help='write {"rows": [...]} and how they came about')
+    found = parser.parse_args(words)
+    if found.quick:
+        found.workers, found.steps = [1, 4, 8], 10
+    return found
+
+
+def main(words: list[str] | None = None) -> None:
+    options = arguments(words)
+    rows: list[dict[str, Any]] = []
+    connect(RuntimeConfig(workers=max([*options.workers, *CALIBRATION, 2 * EIGHT])))
+    try:
+        if options.only != "straggler":
+            rows = scaling(options.workers, options.seconds, options.steps)
+            show_table(SCALING, [cells(row, SCALING) for row in rows], "scaling", words=0)
+        if options.only != "scaling":
+            rows.append(straggler(options.seconds, options.steps))
+            show_table(STRAGGLER, [cells(rows[-1], STRAGGLER)], "straggler", words=0)
+    finally:
+        ray.shutdown()
+    if options.json:
+        setup = {"date": datetime.date.today().isoformat(), "cpu_cores": os.cpu_count(), "ray": ray.__version__}
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps({"rows": rows, "setup": setup}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
