@@ -8,7 +8,7 @@ from statistics import median
 
 _WEIGHT = 0.5
 _FADE = 0.1
-_LATE = 1.3
+_LATE = 2.0
 _JITTER_S = 0.02
 _FIRST = 6.0
 

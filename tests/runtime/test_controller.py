@@ -259,7 +259,8 @@ def test_of_a_slow_worker_the_others_take_over() -> None:
     plain = 0.5
     assert releases >= 1
     assert np.mean(taken[2:]) <= 0.55 * plain
-    assert max(taken[2:]) <= 0.55 * plain
+    # It is tried again now and then; then somebody takes over after twice the usual time.
+    assert max(taken[2:]) <= 0.33
 
 
 def test_workers_of_one_speed_never_do_anything_twice() -> None:
