@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metadist.outer.tree import ADD, tree_sum
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -104,12 +106,14 @@ class TreeSum:
 
     Args:
         count: how many vectors there are, at least 1.
+        hold: bytes of vectors that may wait to be added. Adding many in one pass is several times as fast as one by
+            one, which writes every sum and reads it again.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, hold: int = 1 << 31) -> None:
         if count < 1:
             raise ValueError(f"a sum needs at least one vector, not {count}")
-        self.count = count
+        self.count, self.hold = count, hold
         self._held: dict[Block, np.ndarray] = {}
 
     def add(self, block: Block, value: np.ndarray) -> bool:
@@ -125,7 +129,8 @@ class TreeSum:
             # A larger block has come than the parts of it held so far: take it whole.
             del self._held[b]
         self._held[block] = value
-        self._merge(block)
+        if sum(v.nbytes for v in self._held.values()) > self.hold:
+            self._merge()
         return True
 
     def missing(self) -> list[int]:
@@ -137,26 +142,51 @@ class TreeSum:
         """The sum; ValueError while microbatches are missing."""
         if gap := self.missing():
             raise ValueError(f"the sum still lacks microbatches {gap}")
+        self._merge()
         (value,) = self._held.values()
         return value
 
     def held(self) -> dict[Block, np.ndarray]:
         """The partial sums there are, merged as far as they go."""
+        self._merge()
         return dict(self._held)
 
-    def _merge(self, block: Block) -> None:
-        while (1 << block.level) < self.count:
-            parent = Block(block.level + 1, block.index >> 1)
-            left, right = Block(block.level, parent.index << 1), Block(block.level, (parent.index << 1) + 1)
-            if self._span(right)[0] >= self.count:
-                # An only child: the tree's right edge where the count is no power of two.
-                self._held[parent] = self._held.pop(left)
-            elif left in self._held and right in self._held:
-                a, b = self._held.pop(left), self._held.pop(right)
-                self._held[parent] = a + b
-            else:
-                return
-            block = parent
+    def _merge(self) -> None:
+        """Puts the sum of each largest node that is there whole in place of its parts."""
+        merged: dict[Block, np.ndarray] = {}
+        open_ = [Block((self.count - 1).bit_length(), 0)]
+        while open_:
+            node = open_.pop()
+            if self._span(node)[0] >= self.count:
+                continue
+            parts: list[Block] = []
+            program: list[int] = []
+            if self._whole(node, parts, program):
+                merged[node] = tree_sum(program, [self._held[b] for b in parts])
+            elif node.level:
+                open_ += self._children(node)
+        self._held = merged
+
+    def _whole(self, node: Block, parts: list[Block], program: list[int]) -> bool:
+        """Whether all of a node is held; its parts, and how they are added, in postfix."""
+        if node in self._held:
+            program.append(len(parts))
+            parts.append(node)
+            return True
+        if not node.level:
+            return False
+        left, right = self._children(node)
+        if self._span(right)[0] >= self.count:
+            # An only child: the tree's right edge where the count is no power of two.
+            return self._whole(left, parts, program)
+        if self._whole(left, parts, program) and self._whole(right, parts, program):
+            program.append(ADD)
+            return True
+        return False
+
+    @staticmethod
+    def _children(node: Block) -> list[Block]:
+        return [Block(node.level - 1, node.index << 1), Block(node.level - 1, (node.index << 1) + 1)]
 
     def _span(self, block: Block) -> tuple[int, int]:
         return block.index << block.level, min((block.index + 1) << block.level, self.count)
@@ -178,7 +208,7 @@ def partial_sums(start: int, values: Iterable[np.ndarray], count: int) -> dict[B
         values: one vector a microbatch.
         count: microbatches of the whole meta-batch.
     """
-    tree = TreeSum(count)
+    tree = TreeSum(count, hold=1 << 28)
     for m, value in enumerate(values, start):
         tree.add(Block(0, m), value)
     return tree.held()
