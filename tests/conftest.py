@@ -12,11 +12,19 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 
 
+FIRST = ("ray", "test_examples.py", "test_readme.py", "test_shipped_configs.py", "algorithms/test_runs.py")
+"""What takes longest: begun last, it would keep one process busy while the others have nothing left to do."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """For ``pytest -n``: a file is run by one process, and so is all of ``tests/ray``, one test after the other."""
+    groups = {}
     for item in items:
         inner = item.path.relative_to(ROOT / "tests")
-        item.add_marker(pytest.mark.xdist_group("ray" if inner.parts[0] == "ray" else str(inner)))
+        groups[item] = "ray" if inner.parts[0] == "ray" else str(inner)
+        item.add_marker(pytest.mark.xdist_group(groups[item]))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: FIRST.index(groups[item]) if groups[item] in FIRST else len(FIRST))
 
 
 @pytest.fixture(scope="session")

@@ -40,11 +40,36 @@ def test_all_sides_agree_and_a_row_is_whole(capsys: pytest.CaptureFixture[str], 
     assert "speedup_over_ray_example" in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("cluster")
+class Still:
+    """A side that makes no step."""
+
+    def __init__(self, model: str, workers: int, shards: int = 1, moved: float = 0.0) -> None:
+        self.moved, self.closed = moved, False
+
+    def step(self) -> None: ...
+
+    def empty_step(self) -> None: ...
+
+    def weights(self) -> np.ndarray:
+        return np.full(5, self.moved)
+
+    flat_weights = weights
+
+    def close(self) -> None:
+        self.closed = True
+
+
 def test_a_side_that_computes_something_else_is_not_timed(monkeypatch) -> None:
-    monkeypatch.setattr(step_overhead.Example, "flat_weights", lambda self: np.ones(numbers("conv4")))
-    with pytest.raises(AssertionError):
+    made: list[Still] = []
+
+    def side(moved: float):
+        return lambda *a, **k: made.append(Still(*a, **k, moved=moved)) or made[-1]
+
+    monkeypatch.setattr(step_overhead, "EmulatedRun", side(0.0))
+    monkeypatch.setattr(step_overhead, "Example", side(1e-3))
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
         step_overhead.compare("conv4", 1, 1, 0.01)
+    assert len(made) == 2 and all(s.closed for s in made)
 
 
 def test_sides_take_turns() -> None:
