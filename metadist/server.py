@@ -37,6 +37,14 @@ class ParameterServer:
         self._stats: dict[str, float] = {}
         self._lock = threading.Lock()
 
+    @classmethod
+    def at(cls, snapshot: Mapping[str, Any], options: dict[str, Any], threads: int | None = None) -> ParameterServer:
+        """A server that goes on from a :meth:`snapshot`; one without optimizer state is a start."""
+        server = cls(snapshot["weights"], options, snapshot["version"], threads)
+        if snapshot["outer_state"]:
+            server.restore(snapshot)
+        return server
+
     @property
     def version(self) -> int:
         """Updates made so far."""
@@ -51,9 +59,7 @@ class ParameterServer:
             blocks: partial sums by tree node.
         """
         with self._lock:
-            if version != self.version:
-                return 0
-            if self._prepared is not None:
+            if version != self.version or self._prepared is not None:
                 return 0
             if self._sum is None:
                 self._sum = TreeSum(count)

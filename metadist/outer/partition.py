@@ -43,21 +43,20 @@ def _nearest(places: Sequence[int], wanted: float) -> int:
     return min(places[max(0, at - 1) : at + 1], key=lambda p: abs(p - wanted))
 
 
-def part_of_rules(rules: Sequence[tuple[int, int, Any]], start: int, stop: int) -> list[tuple[int, int, Any]]:
-    """What of ``rules`` (see :class:`~metadist.outer.update.MetaUpdate`) falls into a shard, in the shard's places."""
-    inside = ((max(a, start), min(z, stop), rule) for a, z, rule in rules)
-    return [(a - start, z - start, rule) for a, z, rule in inside if a < z]
+def part_of_options(options: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
+    """A shard's options of those of the whole vector, ``sizes`` and ``rules`` among them.
 
-
-def part_of_sizes(sizes: Sequence[int], start: int, stop: int) -> list[int]:
-    """How many numbers of each tensor fall into a shard, of those that do."""
-    found, at = [], 0
-    for size in sizes:
+    See :class:`~metadist.outer.update.MetaUpdate`. What falls into the shard stands at the shard's own places.
+    """
+    sizes, at = [], 0
+    for size in options["sizes"]:
         inside = min(at + size, stop) - max(at, start)
         if inside > 0:
-            found.append(inside)
+            sizes.append(inside)
         at += size
-    return found
+    ruled = ((max(a, start), min(z, stop), rule) for a, z, rule in options["rules"])
+    rules = [(a - start, z - start, rule) for a, z, rule in ruled if a < z]
+    return {**options, "sizes": sizes, "rules": rules}
 
 
 def part_of_snapshot(snapshot: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:

@@ -88,16 +88,9 @@ class Controller:
         self._alone_since: float | None = None
         while not ledger.finished:
             self._mind_absence()
-            for event in [*self.backend.wait(self._until_late()), *self._hanging()]:
-                if isinstance(event, Computed):
-                    self._computed(event)
-                elif isinstance(event, Died):
-                    lost = ledger.lose(event.worker)
-                    self.pace.forget(event.worker)
-                    self._asked.pop(event.worker, None)
-                    self.on_event(f"worker {event.worker} died ({event.reason}); {lost} microbatches go to others")
-                else:
-                    self.on_event(f"worker {event.worker} joined")
+            for event in self.backend.wait(self._until_late()):
+                self._heard(event)
+            self._dismiss_silent()
             self._lend()
         self._next_lease = ledger.next_number
         self.pace.pass_over(ledger.round.kind, [w for w in self.backend.workers() if w not in ledger.lent])
@@ -136,15 +129,23 @@ class Controller:
         late = [since + self._patience(lease) - now for _, lease, since in self._ledger.held()]
         return max(_LEAST_S, min([_POLL_S, *(s for s in late if s > -_LEAST_S)]))
 
-    def _hanging(self) -> list[Event]:
+    def _dismiss_silent(self) -> None:
         """Dismisses workers that hold a lease, of this round or an earlier one, for too long."""
         now = self.clock()
-        silent = [(w, lease.round.kind, now - since) for w, (lease, since) in self._asked.items()]
-        return [
-            self.backend.dismiss(worker, f"silent for {seconds:.0f} s")
-            for worker, kind, seconds in silent
-            if seconds > self.pace.end_of_patience(kind, worker)
-        ]
+        for worker, (lease, since) in list(self._asked.items()):
+            if now - since > self.pace.end_of_patience(lease.round.kind, worker):
+                self._heard(self.backend.dismiss(worker, f"silent for {now - since:.0f} s"))
+
+    def _heard(self, event: Event) -> None:
+        if isinstance(event, Computed):
+            self._computed(event)
+        elif isinstance(event, Died):
+            lost = self._ledger.lose(event.worker)
+            self.pace.forget(event.worker)
+            self._asked.pop(event.worker, None)
+            self.on_event(f"worker {event.worker} died ({event.reason}); {lost} microbatches go to others")
+        else:
+            self.on_event(f"worker {event.worker} joined")
 
     def _computed(self, event: Computed) -> None:
         report = event.report

@@ -53,7 +53,7 @@ class Ledger:
             shares: ``shares(microbatches, workers)`` says how many each gets; None: equally many.
         """
         waiting = self._waiting()
-        parts = (shares or _equal)(len(waiting), idle)
+        parts = (shares or equal_shares)(len(waiting), idle)
         dealt: list[tuple[int, Lease]] = []
         owed = 0
         for worker, share in zip(idle, parts, strict=True):
@@ -129,7 +129,7 @@ class Ledger:
         return sum(h.lease.start <= microbatch < h.lease.stop for h in self._leased.values())
 
 
-def _equal(microbatches: int, workers: Sequence[int]) -> list[int]:
+def equal_shares(microbatches: int, workers: Sequence[int]) -> list[int]:
     """As equal as can be, the larger shares first."""
     return [-(-(microbatches - i) // len(workers)) for i in range(len(workers))]
 

@@ -31,9 +31,7 @@ class LocalBackend:
 
     def start(self, snapshot: dict[str, Any], outer: dict[str, Any]) -> None:
         self._worker = MetaWorker(self._experiment, self._device)
-        self._server = ParameterServer(snapshot["weights"], outer, snapshot["version"])
-        if snapshot.get("outer_state"):
-            self._server.restore(snapshot)
+        self._server = ParameterServer.at(snapshot, outer)
         self._weights = self._server.weights()
 
     def idle(self) -> list[int]:

@@ -29,7 +29,7 @@ from metadist.config.schema import RuntimeConfig
 from metadist.errors import ClusterError, MetadistError, first_line
 from metadist.experiment import Experiment
 from metadist.outer.gradient import Block
-from metadist.outer.partition import cut, joined_snapshot, part_of_rules, part_of_sizes, part_of_snapshot
+from metadist.outer.partition import cut, joined_snapshot, part_of_options, part_of_snapshot
 from metadist.outer.update import norm_of
 from metadist.runtime.backend import ALLOCATOR, Computed, Died, Event, Joined
 from metadist.server import ParameterServer
@@ -70,9 +70,7 @@ class _Worker:
 @ray.remote
 class _Shard:
     def __init__(self, snapshot: dict[str, Any], options: dict[str, Any], threads: int) -> None:
-        self._server = ParameterServer(snapshot["weights"], options, snapshot["version"], threads)
-        if snapshot.get("outer_state"):
-            self._server.restore(snapshot)
+        self._server = ParameterServer.at(snapshot, options, threads)
 
     def weights(self) -> np.ndarray:
         return self._server.weights()
@@ -128,8 +126,7 @@ class RayBackend:
 
     def start(self, snapshot: dict[str, Any], outer: dict[str, Any]) -> None:
         self._experiment_ref = ray.put(self._experiment)
-        sizes = outer["sizes"]
-        self._cuts = cut(sizes, self._runtime.server_shards)
+        self._cuts = cut(outer["sizes"], self._runtime.server_shards)
         # Shards compute nothing to speak of but move much: each on another node, as far as there are nodes.
         where = {
             "num_cpus": 0,
@@ -137,8 +134,7 @@ class RayBackend:
             "scheduling_strategy": "SPREAD" if len(self._cuts) > 1 else "DEFAULT",
         }
         for a, z in self._cuts:
-            options = {**outer, "sizes": part_of_sizes(sizes, a, z), "rules": part_of_rules(outer["rules"], a, z)}
-            part = part_of_snapshot(snapshot, a, z)
+            part, options = part_of_snapshot(snapshot, a, z), part_of_options(outer, a, z)
             made = _Shard.options(**where).remote(part, options, self._runtime.threads_per_worker)  # type: ignore[attr-defined]
             self._shards.append(made)
         self._weights = [shard.weights.remote() for shard in self._shards]

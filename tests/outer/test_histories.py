@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 from metadist.config.schema import OuterConfig
 from metadist.outer.gradient import partial_sums
-from metadist.outer.partition import cut, joined_snapshot, part_of_sizes, part_of_snapshot
+from metadist.outer.partition import cut, joined_snapshot, part_of_options, part_of_snapshot
 from metadist.outer.update import norm_of
 from metadist.server import ParameterServer
 
 SIZES = [7, 30, 1, 19, 40, 3]
 NUMEL, VERSIONS, TASKS = sum(SIZES), 3, 6
-OPTIONS = OuterConfig(lr=0.05, steps=10, clip_norm=1.0).model_dump()
+OPTIONS = {**OuterConfig(lr=0.05, steps=10, clip_norm=1.0).model_dump(), "sizes": SIZES, "rules": []}
 
 
 def gradients(version: int, count: int) -> list[np.ndarray]:
@@ -27,10 +27,7 @@ def gradients(version: int, count: int) -> list[np.ndarray]:
 def servers(snapshot: dict[str, Any], shards: int) -> list[tuple[int, int, ParameterServer]]:
     made = []
     for a, z in cut(SIZES, shards):
-        part = part_of_snapshot(snapshot, a, z)
-        server = ParameterServer(part["weights"], {**OPTIONS, "sizes": part_of_sizes(SIZES, a, z)}, part["version"])
-        if part["outer_state"]:
-            server.restore(part)
+        server = ParameterServer.at(part_of_snapshot(snapshot, a, z), part_of_options(OPTIONS, a, z))
         made.append((a, z, server))
     return made
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from metadist.config.schema import OuterConfig
 from metadist.outer.gradient import partial_sums
-from metadist.outer.partition import cut, joined_snapshot, part_of_rules, part_of_sizes, part_of_snapshot
+from metadist.outer.partition import cut, joined_snapshot, part_of_options, part_of_snapshot
 from metadist.outer.update import chunk_starts, norm_of
 from metadist.server import ParameterServer
 
@@ -35,7 +35,7 @@ def test_shards_are_consecutive_whole_and_as_equal_as_the_places_to_cut_allow(si
     # A cut lies no farther from its ideal place than half a chunk, or than what whole tensors are worth.
     assert max(z - a for a, z in cuts) <= share + 2 * max(CHUNK / 2, share / 8)
     # What falls into the shards is all there is, once.
-    parts = [part_of_sizes(sizes, a, z) for a, z in cuts]
+    parts = [part_of_options({"sizes": sizes, "rules": []}, a, z)["sizes"] for a, z in cuts]
     assert [sum(p) for p in parts] == [z - a for a, z in cuts]
     assert sorted(a + c for (a, _), p in zip(cuts, parts, strict=True) for c in chunk_starts(p)) == chunk_starts(sizes)
 
@@ -53,9 +53,9 @@ def values(version: int) -> list[np.ndarray]:
     return [(rng.normal(size=NUMEL) * np.logspace(-6, 6, NUMEL)).astype(np.float32) for _ in range(MICROBATCHES)]
 
 
-def options(sizes: list[int], rules: Any, **changes: Any) -> dict[str, Any]:
+def options(**changes: Any) -> dict[str, Any]:
     outer = OuterConfig(**{"lr": 0.05, "steps": 10, "schedule": "cosine", **changes}).model_dump()
-    return {**outer, "sizes": sizes, "rules": rules}
+    return {**outer, "sizes": SIZES, "rules": RULES}
 
 
 class Sharded:
@@ -63,13 +63,10 @@ class Sharded:
 
     def __init__(self, snapshot: dict[str, Any], shards: int, **changes: Any) -> None:
         self.cuts = cut(SIZES, shards)
-        self.parts = []
-        for a, z in self.cuts:
-            part = part_of_snapshot(snapshot, a, z)
-            made = options(part_of_sizes(SIZES, a, z), part_of_rules(RULES, a, z), **changes)
-            self.parts.append(ParameterServer(part["weights"], made, part["version"]))
-            if part["outer_state"]:
-                self.parts[-1].restore(part)
+        whole = options(**changes)
+        self.parts = [
+            ParameterServer.at(part_of_snapshot(snapshot, a, z), part_of_options(whole, a, z)) for a, z in self.cuts
+        ]
 
     def step(self, version: int) -> tuple[bytes, dict[str, float]]:
         for (a, z), part in zip(self.cuts, self.parts, strict=True):
@@ -89,7 +86,7 @@ START = {"version": 0, "weights": np.linspace(-1, 1, NUMEL, dtype=np.float32), "
 )
 def test_any_number_of_shards_makes_the_bits_of_one(changes: dict[str, Any]) -> None:
     changes = {"clip_norm": 0.7, **changes}
-    whole = ParameterServer(START["weights"], options(SIZES, RULES, **changes))
+    whole = ParameterServer(START["weights"], options(**changes))
     servers = [Sharded(START, n, **changes) for n in (1, 2, 3, 4)]
     assert [len(s.parts) for s in servers] == [1, 2, 3, 4]
     for version in range(3):

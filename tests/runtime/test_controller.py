@@ -216,6 +216,20 @@ def test_a_worker_that_hangs_over_rounds_is_dismissed_and_replaced() -> None:
     assert backend.server.weights().tobytes() == wanted
 
 
+@pytest.mark.parametrize("end", ["die", "answer"])
+def test_a_worker_heard_of_at_the_end_of_patience_is_not_dismissed(end: str) -> None:
+    class Late(Scripted):
+        def wait(self, timeout: float) -> list[Event]:
+            self.now += 40.0  # more than six times the timeout, within one wait
+            return super().wait(timeout)
+
+        def dismiss(self, worker: int, reason: str) -> Died:
+            raise AssertionError(f"worker {worker} was heard of")
+
+    backend = Late([(end, 0)], workers=1)
+    assert controller(backend).run(training_round(0)).metrics["loss"].shape == (TASKS,)
+
+
 class Timed(Scripted):
     """Workers that take their time: ``seconds[w]`` a microbatch; whoever is done first answers first."""
 

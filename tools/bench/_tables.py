@@ -1,9 +1,12 @@
-"""How benchmarks show their rows."""
+"""How benchmarks show their rows, and keep them."""
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -30,3 +33,9 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str
         print(title)
     for line in (columns, *rows):
         print("\t".join(line))
+
+
+def keep_rows(path: Path, rows: Sequence[dict[str, Any]], setup: dict[str, Any]) -> None:
+    """Writes ``{"rows": [...], "setup": {...}}``, and makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"rows": rows, "setup": setup}, indent=1) + "\n")

@@ -50,6 +50,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # for tools.bench, from wherever this is run
 
 from metadist.runtime.backend import ALLOCATOR  # noqa: E402
+from tools.bench._tables import keep_rows  # noqa: E402
 from tools.bench.adaptation_parts import measure, report  # noqa: E402
 from tools.bench.adaptation_parts.workloads import WORKLOADS, make_job  # noqa: E402
 
@@ -171,9 +172,7 @@ def main() -> None:
         results[name] = run_workload(name, options)
         report.show(f"{name}: {WORKLOADS[name].title}", results[name])
         if options.json:  # after each, so that a run that is stopped leaves what it has
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            rows = [row for r in results.values() for row in r["rows"]]
-            options.json.write_text(json.dumps({"rows": rows, "setup": setup(options, results)}, indent=1) + "\n")
+            keep_rows(options.json, [row for r in results.values() for row in r["rows"]], setup(options, results))
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ from metadist.tasks.shards import ShardTasks
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # for tools.bench, from wherever this is run
 
-from tools.bench._tables import show_table  # noqa: E402
+from tools.bench._tables import keep_rows, show_table  # noqa: E402
 
 CONFIG = ROOT / "configs" / "omniglot_5way1shot_maml.yaml"
 PARTS = ("images_background", "images_evaluation")
@@ -530,8 +530,7 @@ def main() -> None:
             "seconds_a_turn": size.turn_s,
             "episodes_together": TOGETHER,
         }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"rows": rows, "setup": setup}, indent=1) + "\n")
+        keep_rows(options.json, rows, setup)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import functools
-import json
 import os
 import statistics
 import sys
@@ -31,9 +30,10 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # for tools.bench, from wherever this is run, and for the workers
 
 from metadist.config.schema import RuntimeConfig  # noqa: E402
+from metadist.runtime.leases import equal_shares  # noqa: E402
 from metadist.runtime.pace import Pace  # noqa: E402
 from metadist.runtime.ray import connect  # noqa: E402
-from tools.bench._tables import show_table  # noqa: E402
+from tools.bench._tables import keep_rows, show_table  # noqa: E402
 from tools.bench.distribution_parts.emulated import EmulatedRun, OneSlowWorker  # noqa: E402
 from tools.bench.distribution_parts.simulator import Costs, simulated_step  # noqa: E402
 
@@ -47,7 +47,7 @@ class PlainPace(Pace):
     """Equal shares, and nothing is late before it hangs."""
 
     def shares(self, kind: str, microbatches: int, workers: Sequence[int]) -> list[int]:
-        return [-(-(microbatches - i) // len(workers)) for i in range(len(workers))]
+        return equal_shares(microbatches, workers)
 
     def patience(self, kind: str, microbatches: int) -> float:
         return self.timeout_s
@@ -159,8 +159,7 @@ def main(words: list[str] | None = None) -> None:
         ray.shutdown()
     if options.json:
         setup = {"date": datetime.date.today().isoformat(), "cpu_cores": os.cpu_count(), "ray": ray.__version__}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"rows": rows, "setup": setup}, indent=1) + "\n")
+        keep_rows(options.json, rows, setup)
 
 
 if __name__ == "__main__":

@@ -29,12 +29,13 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # for tools.examples, from wherever this is run
+sys.path.insert(0, str(ROOT))  # for tools.bench and tools.examples, from wherever this is run
 
 import metadist as md  # noqa: E402
 from metadist.config import load_config  # noqa: E402
 from metadist.experiment import Experiment  # noqa: E402
 from metadist.training import train  # noqa: E402
+from tools.bench._tables import keep_rows  # noqa: E402
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -303,8 +304,7 @@ def run(options: argparse.Namespace, runs: Path) -> None:
             "measuring_s": round(time.perf_counter() - started, 1),
             "baseline_step_sizes": RATES,
         }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"rows": rows, "setup": setup}, indent=1) + "\n")
+        keep_rows(options.json, rows, setup)
 
 
 def main() -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import os
 import statistics
 import sys
@@ -32,7 +31,7 @@ sys.path.insert(0, str(ROOT))  # for tools.bench, from wherever this is run, and
 
 from metadist.config.schema import RuntimeConfig  # noqa: E402
 from metadist.runtime.ray import connect  # noqa: E402
-from tools.bench._tables import show_table  # noqa: E402
+from tools.bench._tables import keep_rows, show_table  # noqa: E402
 from tools.bench.distribution_parts.emulated import EmulatedRun, gradient, numbers  # noqa: E402
 from tools.bench.distribution_parts.peers import Example  # noqa: E402
 
@@ -129,8 +128,7 @@ def main(words: list[str] | None = None) -> None:
     if options.json:
         setup = {"date": datetime.date.today().isoformat(), "cpu_cores": os.cpu_count(), "torch": torch.__version__,
                  "ray": ray.__version__}  # fmt: skip
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"rows": rows, "setup": setup}, indent=1) + "\n")
+        keep_rows(options.json, rows, setup)
 
 
 if __name__ == "__main__":
