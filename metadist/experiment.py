@@ -170,6 +170,8 @@ class Experiment:
             options[name] = value
         if isinstance(section, ClassTasks):
             options["split"] = split
+        if split != self.train_split:
+            options.pop("augmentation", None)
         return _task_source(section.type)(**options)
 
     def _make_module(self, example: Episode, wants: str) -> nn.Module:

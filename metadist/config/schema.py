@@ -62,6 +62,15 @@ class WindowSamplerConfig(Section):
 SamplerConfig = Annotated[UniformSamplerConfig | WindowSamplerConfig, Field(discriminator="type")]
 
 
+class AugmentationConfig(Section):
+    """Random changes to the pictures of the training split."""
+
+    mirror: bool = Field(False, description="each class of a task left to right or not: a mirrored class is a new one")
+    shift: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="moved either way, as a part of the side")
+    rotation: Annotated[float, Field(ge=0, le=180)] = Field(0.0, description="turned either way, in degrees")
+    zoom: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="logarithm of the factor of size, either way")
+
+
 class ShardTasksConfig(ClassTasks):
     """Episodes streamed from a shard set written by `metadist data pack`."""
 
@@ -74,6 +83,7 @@ class ShardTasksConfig(ClassTasks):
     )
     resident: bool | Literal["auto"] = Field("auto", description="hold the split in memory")
     train_split: str = Field("train", description="the split to meta-train on")
+    augmentation: AugmentationConfig = AugmentationConfig()
 
 
 class CustomTasksConfig(CustomConfig):

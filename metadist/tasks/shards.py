@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from metadist.data.shards import ShardSet
 from metadist.episode import Episode, EpisodeBatch
 from metadist.errors import DataError
 from metadist.seeding import Rng
+from metadist.tasks.augmentation import Augmentation
 from metadist.tasks.base import TaskSource
 from metadist.tasks.sequences import arrange, check_choices
 
@@ -77,6 +79,8 @@ class ShardTasks(TaskSource):
         resident: keep the split in memory; ``"auto"`` does so up to 1 GiB with the uniform sampler. The
             episodes are the same either way.
         order, labels: see :func:`~metadist.tasks.sequences.arrange`.
+        augmentation: changes to the pictures of ``split``, see :class:`~metadist.tasks.augmentation.Augmentation`;
+            the other splits show theirs as they are.
 
     Raises:
         DataError: if the set is missing, damaged or of a newer schema, lacks the split, or is too small for the
@@ -95,8 +99,10 @@ class ShardTasks(TaskSource):
         resident: bool | str = "auto",
         order: str = "by_class",
         labels: str = "index",
+        augmentation: Augmentation | Mapping[str, Any] | None = None,
     ) -> None:
         check_choices(order, labels)
+        self.augmentation, self._augmented_split = Augmentation.of(augmentation), split
         self.order, self.labels = order, labels
         self.path = os.fspath(path)
         for name, value in (("ways", ways), ("shots", shots), ("query_shots", query_shots)):
@@ -190,6 +196,8 @@ class ShardTasks(TaskSource):
         gather = self._shards.gather if self._store is None else self._store.gather
         support, query = assemble(gather(drawn.rows.ravel()), drawn.turns, self.shots)
         batch = EpisodeBatch(support, query, self._info(drawn))
+        if self.split_name == self._augmented_split:
+            batch = self.augmentation.apply(batch, seed, stream, numbers)
         return arrange(batch, [(seed, stream, number) for number in numbers], self.order, self.labels)
 
     def _info(self, drawn: Draws) -> tuple[dict[str, Any], ...]:
@@ -214,6 +222,7 @@ class ShardTasks(TaskSource):
             "shots": self.shots,
             "query_shots": self.query_shots,
             "rotations": self.rotations,
+            "augmentation": asdict(self.augmentation),
             "order": self.order,
             "labels": self.labels,
             "sampler": dict(self.sampler_options),
