@@ -106,6 +106,29 @@ def evaluate(run_dir: Path, episodes: int | None, as_json: bool) -> None:
 
 
 @main.command()
+@click.argument("run_dir", type=click.Path(path_type=Path))
+@click.option("--version", type=click.IntRange(min=1), help="Up to this checkpoint.  [default: the newest]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def replay(run_dir: Path, version: int | None, as_json: bool) -> None:
+    """Make an asynchronous run's weights again from its log, and compare them.
+
+    Exits with 1 if a bit differs from the checkpoint.
+
+    \b
+    Example:
+      metadist replay runs/sines --version 500
+    """
+    from metadist.training import replay as run_replay
+
+    result = run_replay(run_dir, version)
+    said = "are the checkpoint's, bit for bit" if result["same"] else "are NOT the checkpoint's"
+    where = f"{result['run_dir']} at step {result['version']}"
+    click.echo(json.dumps(result) if as_json else f"{where}: the replayed weights {said}")
+    if not result["same"]:
+        sys.exit(1)
+
+
+@main.command()
 @click.argument("config", type=click.Path(path_type=Path), required=False)
 @click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
 @click.option("--list", "list_members", is_flag=True, help="Name every member of every family.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,8 +65,12 @@ class ParameterServer:
                 self._sum = TreeSum(count)
             return sum(self._sum.add(block, value) for block, value in blocks.items())
 
-    def squares(self, version: int, tasks: int) -> list[float]:
+    def squares(self, version: int, tasks: float, slots: Sequence[int] | None = None) -> list[float]:
         """Sums the gradients of ``version``; the sums of squares of its mean over ``tasks``, chunk by chunk.
+
+        Args:
+            version: the present one.
+            tasks, slots: as of :meth:`commit`.
 
         Raises:
             ValueError: gradients are missing, or ``version`` is not the present one.
@@ -75,15 +79,18 @@ class ParameterServer:
         with self._lock:
             if version != self.version:
                 raise ValueError(f"asked to sum up version {version}, but the server holds {self.version}")
-            return self._prepare(version, tasks).squares
+            return self._prepare(version, tasks, slots).squares
 
-    def commit(self, version: int, tasks: int, norm: float | None = None) -> tuple[np.ndarray, dict[str, float]]:
+    def commit(
+        self, version: int, tasks: float, norm: float | None = None, slots: Sequence[int] | None = None
+    ) -> tuple[np.ndarray, dict[str, float]]:
         """Makes ``version + 1``, once, and returns its weights and the update's statistics.
 
         Args:
             version: the present one, or the last: then what it made is told again.
-            tasks: of the meta-batch.
+            tasks: over how many the mean is taken.
             norm: of the whole mean gradient, if this server holds a part of it.
+            slots: the places in the sum that are to be filled, if not all.
 
         Raises:
             ValueError: gradients are missing, or ``version`` is neither the present nor the last one.
@@ -91,18 +98,18 @@ class ParameterServer:
         """
         with self._lock:
             if version == self.version:
-                prepared, self._prepared = self._prepare(version, tasks), None
+                prepared, self._prepared = self._prepare(version, tasks, slots), None
                 self._stats = self._update.move(prepared, norm)
             elif version != self.version - 1:
                 raise ValueError(f"asked to commit version {version}, but the server holds {self.version}")
             return self.weights(), dict(self._stats)
 
-    def _prepare(self, version: int, tasks: int) -> Prepared:
+    def _prepare(self, version: int, tasks: float, slots: Sequence[int] | None) -> Prepared:
         """The mean of what has come, once; what has come is let go."""
         if self._prepared is None:
             if self._sum is None:
                 raise ValueError(f"no gradient of version {version} has come")
-            total = self._sum.total()
+            total = self._sum.total(slots)
             self._sum = None
             # It is only read, but torch warns of arrays that may not be written.
             self._prepared = self._update.prepare(

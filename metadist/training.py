@@ -13,20 +13,25 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.progress import track
 
 from metadist.algorithms import Algorithm
-from metadist.checkpoint import Checkpoint, check_fits, newest_whole_checkpoint, save_checkpoint
-from metadist.errors import MetadistError, RunDirError
+from metadist.checkpoint import Checkpoint, check_fits, load_checkpoint, newest_whole_checkpoint, save_checkpoint
+from metadist.errors import ConfigError, MetadistError, RunDirError
 from metadist.evaluation import evaluation_round, summarise
 from metadist.experiment import Experiment
+from metadist.history import UPDATES, UpdateLog, replayed, updates
 from metadist.outer.gradient import Layout, sha256_of
 from metadist.resolve import in_words, resolve
 from metadist.rundir import RunDirectory
+from metadist.runtime.asynchronous import AsynchronousController
 from metadist.runtime.backend import Backend
 from metadist.runtime.controller import Controller, RoundResult, means
 from metadist.runtime.local import LocalBackend
+from metadist.staleness import Flow
 from metadist.tracking import ConsoleTracker, JsonlTracker, RunInfo, Trackers, WandbTracker
-from metadist.worker import Round
+from metadist.worker import Round, training_round
 
 _EVALUATION_MICROBATCH = 25
 
@@ -49,6 +54,7 @@ class Progress:
     releases: int = 0
     restarts: dict[str, int] = field(default_factory=lambda: {"worker": 0, "server": 0, "driver": 0})
     wandb_run: str | None = None
+    flow: dict[str, Any] | None = None
 
 
 def train(experiment: Experiment, run_dir: Path | None = None) -> RunDirectory:
@@ -99,6 +105,12 @@ def open_backend(experiment: Experiment) -> Backend:
     return RayBackend(experiment)
 
 
+def outer_options(experiment: Experiment, learner: Algorithm, layout: Layout) -> dict[str, Any]:
+    """The ``outer`` section, with the sizes of the tensors and the places of what the optimizer is not to move."""
+    rules = {name: rule.__dict__ for name, rule in learner.update_rules().items()}
+    return {**experiment.config.outer.model_dump(), "sizes": layout.sizes, "rules": layout.places(rules)}
+
+
 class _Training:
     """One process's part of a run."""
 
@@ -137,6 +149,7 @@ class _Training:
         """Trains from ``checkpoint`` to the last step, evaluates and reports."""
         started = time.perf_counter()
         # Whatever can be refused is refused before anything is written.
+        self._refuse_what_cannot_be_partial()
         content_id = self.experiment.source(self.experiment.train_split).describe().get("content_id")
         self._open_evaluation_sources()
         snapshot = self._first_snapshot(checkpoint, content_id)
@@ -152,7 +165,7 @@ class _Training:
     ) -> None:
         assert self.backend is not None
         self.content_id, self.base_wall_s, self.started = content_id, self.progress.wall_s, started
-        self.backend.start(snapshot, self._outer_options())
+        self.backend.start(snapshot, outer_options(self.experiment, self.learner, self.layout))
         self.run.save_config(self.config)
         wandb = self._start_trackers(snapshot["version"])
         code = 1
@@ -164,7 +177,7 @@ class _Training:
                 self.trackers.message(f"passed over a damaged checkpoint: {fault}")
             for line in self._about_the_engine():
                 self.trackers.message(line)
-            self.controller = Controller(self.backend, self.config.runtime.lease_timeout_s, self.trackers.message)
+            self.controller = self._controller(snapshot["version"])
             if not resumed:
                 self._checkpoint(snapshot)
             self._steps(snapshot["version"])
@@ -175,6 +188,38 @@ class _Training:
             raise
         finally:
             self.trackers.finish(summary, code)
+
+    def _controller(self, version: int) -> Controller:
+        """What gathers updates: those of whole meta-batches, or of what comes first. The latter two keep a log."""
+        assert self.backend is not None
+        runtime, told = self.config.runtime, self.trackers.message
+        timeout = runtime.lease_timeout_s
+        self.log = UpdateLog(self.run.path, version) if runtime.max_staleness or runtime.quorum < 1 else None
+        if not runtime.max_staleness:
+            return Controller(self.backend, timeout, told, quorum=runtime.quorum)
+        enough = runtime.microbatches_per_update or training_round(self.experiment, 0).microbatches
+        flow = Flow(
+            self.config.outer.steps * enough, enough, runtime.max_staleness, runtime.staleness_weighting,
+            self.progress.flow,
+        )  # fmt: skip
+        return AsynchronousController(self.backend, flow, lease_timeout_s=timeout, on_event=told)
+
+    def _refuse_what_cannot_be_partial(self) -> None:
+        """Learners whose update needs each microbatch of a meta-batch, once.
+
+        Raises:
+            ConfigError: such a learner, and updates that do not wait for all.
+        """
+        runtime = self.config.runtime
+        whole = any(rule.kind == "replace" for rule in self.learner.update_rules().values())
+        if (whole or self.learner.tasks_held_for > 1) and (runtime.max_staleness or runtime.quorum < 1):
+            name = "runtime.max_staleness" if runtime.max_staleness else "runtime.quorum"
+            raise ConfigError(
+                name,
+                f"is {getattr(runtime, name.partition('.')[2]):g}, but {self.config.algorithm.type} carries state from "
+                "each meta-batch to the next, so an update needs the whole of it",
+                "write max_staleness: 0 and quorum: 1.0",
+            )
 
     def _first_snapshot(self, checkpoint: Checkpoint | None, content_id: str | None) -> dict[str, Any]:
         if checkpoint is None:
@@ -196,11 +241,6 @@ class _Training:
         splits = {evaluation.split} | ({evaluation.validation_split} if evaluation.every else set())
         for split in splits:
             self.experiment.source(split, self.experiment.evaluation_size)
-
-    def _outer_options(self) -> dict[str, Any]:
-        """The ``outer`` section, with the sizes of the tensors and the places of what the optimizer is not to move."""
-        rules = {name: rule.__dict__ for name, rule in self.learner.update_rules().items()}
-        return {**self.config.outer.model_dump(), "sizes": self.layout.sizes, "rules": self.layout.places(rules)}
 
     def _start_trackers(self, version: int) -> WandbTracker | None:
         tracking = self.config.tracking
@@ -233,7 +273,8 @@ class _Training:
                 result = self.controller.finish()
                 assert self.backend is not None
                 before = time.perf_counter()
-                stats = self.backend.commit(version, self.config.outer.meta_batch_size)
+                stats = self.backend.commit(version, result.tasks, result.slots)
+                self.controller.committed()
                 server_s = time.perf_counter() - before
                 version += 1
                 due = self._due(version, stop.signum is not None)
@@ -261,34 +302,38 @@ class _Training:
         }
 
     def _round(self, version: int) -> Round:
-        outer = self.config.outer
-        split = self.experiment.train_split
-        return Round(
-            "train",
-            version,
-            split,
-            split,
-            version * outer.meta_batch_size,
-            outer.meta_batch_size,
-            int(outer.tasks_per_microbatch),
-            held=self.learner.tasks_held_for,
-        )
+        return training_round(self.experiment, version, self.learner.tasks_held_for)
 
     def _record(self, version: int, result: RoundResult, stats: dict[str, float], server_s: float) -> None:
         assert self.backend is not None
-        tasks = self.config.outer.meta_batch_size
+        tasks = len(result.metrics["loss"])
         step_s = max(result.seconds + server_s, 1e-9)
         self.memory = max(self.memory, result.memory)
         self._note_programs(version, result.programs)
-        self.progress.tasks_seen = version * tasks
+        self.progress.tasks_seen += tasks
         self.progress.train_s += step_s
         line: dict[str, Any] = {
             **means(result.metrics), **stats, "tasks_per_s": tasks / step_s, "step_s": step_s,
-            "data_wait_s": result.data_wait_s, "server_s": server_s, "staleness": 0,
+            "data_wait_s": result.data_wait_s, "server_s": server_s, **self._lags(result),
             "worker_memory_mb": self.memory / 1e6,
             "workers": len(self.backend.workers()), "worker_s": {str(k): v for k, v in result.worker_s.items()},
         }  # fmt: skip
+        if self.log is not None:
+            self.log.append(
+                version, result.round.microbatches if result.left_out else len(result.applied),
+                result.applied, result.dropped, result.left_out,
+            )  # fmt: skip
         self.trackers.log(version, line)
+
+    def _lags(self, result: RoundResult) -> dict[str, float]:
+        """How far gradients lagged behind the update they were used in, and what was not used."""
+        lags = result.staleness or [0]
+        found: dict[str, float] = {"staleness": sum(lags) / len(lags)}
+        if self.config.runtime.max_staleness:
+            found |= {"staleness_max": max(lags), "dropped": len(result.dropped)}
+        if self.config.runtime.quorum < 1:
+            found["left_out"] = len(result.left_out)
+        return found
 
     def _note_programs(self, version: int, programs: int) -> None:
         """Says so if a worker had to trace or compile again in the middle of the run."""
@@ -325,7 +370,9 @@ class _Training:
         restarts = {k: p.restarts.get(k, 0) + self.backend.restarts().get(k, 0) for k in p.restarts}
         wall = self.base_wall_s + time.perf_counter() - self.started
         releases = p.releases + (self.controller.releases if hasattr(self, "controller") else 0)
-        return Progress(p.tasks_seen, wall, p.train_s, releases, restarts, p.wandb_run)
+        controller = getattr(self, "controller", None)
+        flow = controller.flow.state() if isinstance(controller, AsynchronousController) else None
+        return Progress(p.tasks_seen, wall, p.train_s, releases, restarts, p.wandb_run, flow)
 
     # ----------------------------------------------------------------- the end
 
@@ -419,6 +466,40 @@ def evaluate(run_dir: Path, episodes: int | None = None, stand_ins: dict[str, An
     metrics = {k: np.concatenate(v) for k, v in pieces.items()}
     result = summarise(metrics, learner.objective.metric, config.split, learner.model.batchnorm)
     return {"run_dir": str(run_dir), "version": checkpoint.version, **result}
+
+
+def replay(run_dir: Path, version: int | None = None) -> dict[str, Any]:
+    """Makes an asynchronous run's weights again from its log of updates, in this process.
+
+    Args:
+        run_dir: the run's directory.
+        version: as far as this one, of which there must be a checkpoint; None: the newest.
+
+    Returns:
+        ``run_dir, version, meta_params_sha256, same``: whether they are the bits of the checkpoint.
+
+    Raises:
+        RunDirError: there is no log, it is cut, or it does not reach the version.
+    """
+    run = RunDirectory.open(run_dir)
+    log = updates(run_dir)
+    if version is None:
+        checkpoint, _ = newest_whole_checkpoint(run.checkpoints)
+    else:
+        checkpoint = load_checkpoint(run.checkpoints / f"{version:08d}")
+    if not 0 < checkpoint.version <= len(log):
+        found = f"has {len(log)} updates, but the checkpoint is of version {checkpoint.version}"
+        raise RunDirError(run_dir / UPDATES, found, "name a version that both have")
+    experiment = Experiment(run.load_config())
+    learner = experiment.learner()
+    options = outer_options(experiment, learner, Layout.of(learner.initial_meta_params()))
+    last: dict[str, torch.Tensor] = {}
+    steps = replayed(experiment, options, log[: checkpoint.version])
+    for _, made in track(steps, "replaying", checkpoint.version, console=Console(stderr=True), transient=True):
+        last = made
+    digest = sha256_of(last)
+    same = digest == sha256_of(checkpoint.meta_params)
+    return {"run_dir": str(run_dir), "version": checkpoint.version, "meta_params_sha256": digest, "same": same}
 
 
 def load_learner(run_dir: Path, stand_ins: dict[str, Any] | None = None) -> tuple[Algorithm, Experiment, Checkpoint]:

@@ -71,6 +71,36 @@ class Lease:
     stop: int
 
 
+def training_round(experiment: Experiment, version: int, held: int = 1) -> Round:
+    """The meta-batch from which a synchronous run makes ``version + 1``.
+
+    Args:
+        experiment: the run's.
+        version: of the meta-parameters.
+        held: see :class:`Round`.
+    """
+    outer, split = experiment.config.outer, experiment.train_split
+    tasks = outer.meta_batch_size
+    return Round("train", version, split, split, version * tasks, tasks, int(outer.tasks_per_microbatch), held=held)
+
+
+def lease_of(number: int, round: Round, microbatch: int) -> Lease:
+    """The lease of one microbatch, by its number in the run, at the version of ``round``.
+
+    Args:
+        number: of the lease.
+        round: any training round of that version.
+        microbatch: as microbatches follow one another in a synchronous run.
+    """
+    meta_batch, place = divmod(microbatch, round.microbatches)
+    return Lease(number, replace(round, first=meta_batch * round.tasks), place, place + 1)
+
+
+def microbatch_of(lease: Lease) -> int:
+    """The number in the run of a lease's first microbatch."""
+    return lease.round.first // lease.round.tasks * lease.round.microbatches + lease.start
+
+
 @dataclass(frozen=True)
 class Report:
     """What a lease gave, without the gradients.

@@ -254,6 +254,20 @@ class RuntimeConfig(Section):
     server_shards: Positive = Field(
         1, description="actors that the parameter server is cut into, for models of 100 MB and more; changes no bit"
     )
+    max_staleness: Natural = Field(
+        0,
+        description="versions by which a gradient may lag when it is applied; 0: every update waits for its whole "
+        "meta-batch, and nothing depends on who computes what; above: an update is made as soon as enough has come",
+    )
+    staleness_weighting: Literal["constant", "inverse"] = Field(
+        "constant", description="what a gradient that lags by s versions counts for: 1, or 1 / (1 + s)"
+    )
+    microbatches_per_update: Positive | None = Field(
+        None, description="with max_staleness: answers that make an update; null: as many as a meta-batch has"
+    )
+    quorum: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="part of a meta-batch's microbatches with which an update is made; the late ones are left out"
+    )
     lease_timeout_s: Rate = Field(
         600.0,
         description="silence after which a worker is taken to hang and is replaced; six times as long for its first "
@@ -261,6 +275,17 @@ class RuntimeConfig(Section):
     )
     worker_logs: bool = Field(False, description="show what workers print")
     max_worker_restarts: Natural = Field(20, description="dead workers replaced before the run gives up")
+
+    @model_validator(mode="after")
+    def _one_mode(self) -> RuntimeConfig:
+        if self.max_staleness and self.quorum < 1:
+            raise ValueError("quorum is for updates that wait for their meta-batch; write 1.0, or max_staleness: 0")
+        if self.microbatches_per_update is not None and not self.max_staleness:
+            raise ValueError(
+                "microbatches_per_update needs max_staleness above 0; for smaller updates that wait for all of it "
+                "lower outer.meta_batch_size"
+            )
+        return self
 
 
 class EvaluationConfig(Section):

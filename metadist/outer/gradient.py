@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -138,13 +138,30 @@ class TreeSum:
         there = {m for b in self._held for m in range(*self._span(b))}
         return [m for m in range(self.count) if m not in there]
 
-    def total(self) -> np.ndarray:
-        """The sum; ValueError while microbatches are missing."""
-        if gap := self.missing():
-            raise ValueError(f"the sum still lacks microbatches {gap}")
-        self._merge()
-        (value,) = self._held.values()
-        return value
+    def total(self, members: Sequence[int] | None = None) -> np.ndarray:
+        """The sum.
+
+        Args:
+            members: which microbatches it is to be of; None: all. Where one is left out, its neighbour in the tree
+                takes the place of their sum.
+
+        Raises:
+            ValueError: they are not what is there.
+        """
+        wanted = set(range(self.count) if members is None else members)
+        there = set(range(self.count)) - set(self.missing())
+        if gap := wanted - there:
+            raise ValueError(f"the sum still lacks microbatches {sorted(gap)}")
+        if extra := there - wanted:
+            raise ValueError(f"the sum holds microbatches {sorted(extra)} that should not be in it")
+        if members is None:
+            self._merge()
+            (value,) = self._held.values()
+            return value
+        parts: list[Block] = []
+        program: list[int] = []
+        self._some(self._root, parts, program)
+        return tree_sum(program, [self._held[b] for b in parts])
 
     def held(self) -> dict[Block, np.ndarray]:
         """The partial sums there are, merged as far as they go."""
@@ -154,7 +171,7 @@ class TreeSum:
     def _merge(self) -> None:
         """Puts the sum of each largest node that is there whole in place of its parts."""
         merged: dict[Block, np.ndarray] = {}
-        open_ = [Block((self.count - 1).bit_length(), 0)]
+        open_ = [self._root]
         while open_:
             node = open_.pop()
             if self._span(node)[0] >= self.count:
@@ -166,6 +183,23 @@ class TreeSum:
             elif node.level:
                 open_ += self._children(node)
         self._held = merged
+
+    @property
+    def _root(self) -> Block:
+        return Block((self.count - 1).bit_length(), 0)
+
+    def _some(self, node: Block, parts: list[Block], program: list[int]) -> bool:
+        """What is held of a node, and how it is added, in postfix; whether there is anything."""
+        if node in self._held:
+            program.append(len(parts))
+            parts.append(node)
+            return True
+        if not node.level or self._span(node)[0] >= self.count:
+            return False
+        found = [self._some(child, parts, program) for child in self._children(node)]
+        if all(found):
+            program.append(ADD)
+        return any(found)
 
     def _whole(self, node: Block, parts: list[Block], program: list[int]) -> bool:
         """Whether all of a node is held; its parts, and how they are added, in postfix."""
@@ -212,6 +246,19 @@ def partial_sums(start: int, values: Iterable[np.ndarray], count: int) -> dict[B
     for m, value in enumerate(values, start):
         tree.add(Block(0, m), value)
     return tree.held()
+
+
+def placed(blocks: Mapping[Block, np.ndarray], slot: int | None, weight: float) -> dict[Block, np.ndarray]:
+    """Partial sums times a weight; those of a single microbatch at the place ``slot`` of another sum, if one is given.
+
+    Raises:
+        ValueError: a slot for more than a microbatch.
+    """
+    if slot is not None:
+        if [Block(*b).level for b in blocks] != [0]:
+            raise ValueError(f"slot {slot} takes one microbatch, not {list(blocks)}")
+        blocks = {Block(0, slot): value for value in blocks.values()}
+    return {b: value if weight == 1.0 else value * value.dtype.type(weight) for b, value in blocks.items()}
 
 
 def sha256_of(tensors: Mapping[str, Tensor]) -> str:

@@ -96,7 +96,7 @@ class MetaUpdate:
         self._chunks = [torch.nn.Parameter(v) for v in self._cut(self.vector)]
         self.optimizer = _optimizer(self._chunks, options)
 
-    def prepare(self, gradient_sum: Tensor, tasks: int) -> Prepared:
+    def prepare(self, gradient_sum: Tensor, tasks: float) -> Prepared:
         """What an update with the mean over ``tasks`` of the meta-gradient needs; nothing has changed yet.
 
         Raises:
@@ -110,7 +110,7 @@ class MetaUpdate:
             raise FloatingPointError("an average or carried state is not finite")
         return Prepared(gradient, ruled, chunk_squares(gradient, self._starts))
 
-    def apply(self, gradient_sum: Tensor, tasks: int) -> dict[str, float]:
+    def apply(self, gradient_sum: Tensor, tasks: float) -> dict[str, float]:
         """:meth:`prepare` and :meth:`move` in one."""
         return self.move(self.prepare(gradient_sum, tasks))
 
@@ -147,7 +147,7 @@ class MetaUpdate:
         self.version += 1
         return {"grad_norm": norm, "outer_lr": lr}
 
-    def _ruled(self, start: int, stop: int, rule: dict[str, Any], total: Tensor, tasks: int) -> Tensor:
+    def _ruled(self, start: int, stop: int, rule: dict[str, Any], total: Tensor, tasks: float) -> Tensor:
         """The next values of a part that follows a rule."""
         new = total[start:stop].to(self.vector.dtype)
         if rule["kind"] == "replace":

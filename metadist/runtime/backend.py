@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ ALLOCATOR = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000:gl
 
 @dataclass(frozen=True)
 class Computed:
-    """A lease is answered; its gradients are on their way to the server."""
+    """A lease is answered. What it gave of gradients waits to be accepted or dropped."""
 
     worker: int
     report: Report
@@ -75,8 +76,28 @@ class Backend(Protocol):
             MetadistError: too many have gone.
         """
 
-    def commit(self, version: int, tasks: int) -> dict[str, float]:
-        """Makes the next version of the gradients that have come; returns the update's statistics."""
+    def accept(self, lease: Lease, version: int, count: int, slot: int | None = None, weight: float = 1.0) -> None:
+        """Sends the server the gradients of an answered training lease.
+
+        Args:
+            lease: which.
+            version: the server's, for whose update they are.
+            count: microbatches of the update.
+            slot: the place in the sum of the lease's one microbatch, if that is not its number in its round.
+            weight: what they are multiplied by.
+        """
+
+    def drop(self, lease: Lease) -> None:
+        """Lets go of the gradients of an answered lease."""
+
+    def commit(self, version: int, tasks: float, slots: Sequence[int] | None = None) -> dict[str, float]:
+        """Makes the next version of the gradients that were accepted; returns the update's statistics.
+
+        Args:
+            version: the server's.
+            tasks: over how many the mean is taken; weighted ones count for their weight.
+            slots: the places in the sum that are filled, if not all are.
+        """
 
     def snapshot(self) -> dict[str, Any]:
         """The server's state (see :meth:`metadist.server.ParameterServer.snapshot`)."""

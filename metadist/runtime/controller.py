@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,9 +13,10 @@ from metadist.errors import ClusterError, NonFiniteError
 from metadist.runtime.backend import Backend, Computed, Died, Event
 from metadist.runtime.leases import Ledger
 from metadist.runtime.pace import Pace
+from metadist.staleness import Applied
 from metadist.worker import Lease, Report, Round
 
-_POLL_S, _LEAST_S = 1.0, 0.001
+POLL_S, _LEAST_S = 1.0, 0.001
 _ALONE_S = 300.0
 
 
@@ -31,6 +32,10 @@ class RoundResult:
         memory: bytes by which a worker's memory grew so far, the most of them.
         programs: how many times a worker has traced or compiled something so far, the most of them.
         seconds: from the first lease to the last answer.
+        tasks: what the mean gradient is taken over: the tasks there are, or the sum of their weights.
+        applied: what the update is to be made of, if that is not every microbatch of the round at its version.
+        dropped: (microbatch, base version) of answers that were too old.
+        left_out: microbatches of the round that were not waited for.
     """
 
     round: Round
@@ -40,6 +45,27 @@ class RoundResult:
     memory: int = 0
     programs: int = 0
     seconds: float = 0.0
+    tasks: float = 0.0
+    applied: list[Applied] = field(default_factory=list)
+    dropped: list[tuple[int, int]] = field(default_factory=list)
+    left_out: list[int] = field(default_factory=list)
+
+    @property
+    def slots(self) -> list[int] | None:
+        """The places of the sum that are filled, if not all are."""
+        return [a.slot for a in self.applied] if self.left_out else None
+
+    @property
+    def staleness(self) -> list[int]:
+        """Versions by which each of ``applied`` lags."""
+        return [self.round.version - a.base for a in self.applied]
+
+    def note(self, worker: int, report: Report) -> None:
+        """Takes the clock and the counters of one answer into account."""
+        self.worker_s[worker] = self.worker_s.get(worker, 0.0) + report.compute_s
+        self.data_wait_s = max(self.data_wait_s, report.data_wait_s)
+        self.memory = max(self.memory, report.memory)
+        self.programs = max(self.programs, report.programs)
 
 
 class Controller:
@@ -50,6 +76,8 @@ class Controller:
         lease_timeout_s: after how much silence a worker is taken to hang, and replaced (:class:`Pace`).
         on_event: told of every death and arrival, in words.
         clock: seconds, for tests.
+        quorum: the part of a training round's microbatches with which it goes on; those that have not come by then
+            are left out.
     """
 
     def __init__(
@@ -58,8 +86,9 @@ class Controller:
         lease_timeout_s: float = 300.0,
         on_event: Callable[[str], None] = lambda text: None,
         clock: Callable[[], float] = time.perf_counter,
+        quorum: float = 1.0,
     ) -> None:
-        self.backend, self.on_event, self.clock = backend, on_event, clock
+        self.backend, self.on_event, self.clock, self.quorum = backend, on_event, clock, quorum
         self.pace = Pace(lease_timeout_s)
         self.releases = 0
         self._next_lease = 0
@@ -77,25 +106,32 @@ class Controller:
 
     def begin(self, round: Round) -> None:
         """Gives out a round's first leases; :meth:`finish` must follow."""
-        self._ledger = Ledger(round, self._next_lease)
+        self._ledger = Ledger(round, self._next_lease, self.quorum if round.kind == "train" else 1.0)
         self._started = self.clock()
         self._reports: dict[int, tuple[int, Report]] = {}
         self._lend()
+
+    def committed(self) -> None:
+        """The update of the round that was finished is made."""
 
     def finish(self) -> RoundResult:
         """Waits until the round that was begun is done."""
         ledger = self._ledger
         self._alone_since: float | None = None
         while not ledger.finished:
-            self._mind_absence()
-            for event in self.backend.wait(self._until_late()):
-                self._heard(event)
-            self._dismiss_silent()
-            self._lend()
+            self._turn()
         self._next_lease = ledger.next_number
         self.pace.pass_over(ledger.round.kind, [w for w in self.backend.workers() if w not in ledger.lent])
         self.releases += ledger.releases
         return self._result()
+
+    def _turn(self) -> None:
+        """Waits for news, and acts on it."""
+        self._mind_absence()
+        for event in self.backend.wait(self._until_late()):
+            self._heard(event)
+        self._dismiss_silent()
+        self._lend()
 
     def _mind_absence(self) -> None:
         """Says once that no worker is left, and gives up when none comes."""
@@ -115,8 +151,11 @@ class Controller:
         taken = {worker for worker, _ in leases}
         spare = [w for w in idle if w not in taken]
         for worker, lease in leases + self._ledger.deal_again(spare, now, self._patience):
-            self._asked[worker] = lease, now
-            self.backend.lease(worker, lease)
+            self._ask(worker, lease, now)
+
+    def _ask(self, worker: int, lease: Lease, now: float) -> None:
+        self._asked[worker] = lease, now
+        self.backend.lease(worker, lease)
 
     def _patience(self, lease: Lease) -> float:
         return self.pace.patience(lease.round.kind, lease.stop - lease.start)
@@ -124,10 +163,10 @@ class Controller:
     def _until_late(self) -> float:
         """Seconds to wait for news: no longer than until somebody idle could take over from somebody late."""
         if not self.backend.idle():
-            return _POLL_S
+            return POLL_S
         now = self.clock()
         late = [since + self._patience(lease) - now for _, lease, since in self._ledger.held()]
-        return max(_LEAST_S, min([_POLL_S, *(s for s in late if s > -_LEAST_S)]))
+        return max(_LEAST_S, min([POLL_S, *(s for s in late if s > -_LEAST_S)]))
 
     def _dismiss_silent(self) -> None:
         """Dismisses workers that hold a lease, of this round or an earlier one, for too long."""
@@ -140,46 +179,65 @@ class Controller:
         if isinstance(event, Computed):
             self._computed(event)
         elif isinstance(event, Died):
-            lost = self._ledger.lose(event.worker)
             self.pace.forget(event.worker)
+            lost = self._lost(event.worker)
             self._asked.pop(event.worker, None)
             self.on_event(f"worker {event.worker} died ({event.reason}); {lost} microbatches go to others")
         else:
             self.on_event(f"worker {event.worker} joined")
 
+    def _lost(self, worker: int) -> int:
+        """Takes back what a worker held; returns how many microbatches are to be computed by others."""
+        return self._ledger.lose(worker)
+
     def _computed(self, event: Computed) -> None:
-        report = event.report
         lease, since = self._asked.pop(event.worker, (None, 0.0))
         if lease is not None:
             self.pace.note(lease.round.kind, event.worker, lease.stop - lease.start, self.clock() - since)
-        fresh = self._ledger.complete(report.lease)
-        if not fresh:
+        if lease is None or lease.number != event.report.lease.number:
+            return  # heard of already
+        self._answered(event.worker, event.report)
+
+    def _answered(self, worker: int, report: Report) -> None:
+        lease, round = report.lease, self._ledger.round
+        finished, fresh = self._ledger.finished, self._ledger.complete(lease)
+        if finished or not fresh:
+            self.backend.drop(lease)
             return
         if report.bad_tasks:
-            raise _not_finite(report)
-        for m in range(report.lease.start, report.lease.stop):
-            self._reports.setdefault(m, (event.worker, report))
+            raise not_finite(report)
+        if round.kind == "train":
+            self.backend.accept(lease, round.version, round.microbatches)
+        for m in range(lease.start, lease.stop):
+            self._reports.setdefault(m, (worker, report))
 
     def _result(self) -> RoundResult:
-        round = self._ledger.round
-        pieces: dict[str, list[np.ndarray]] = {}
-        for m in range(round.microbatches):
-            report = self._reports[m][1]
-            size = round.tasks_per_microbatch
-            at = (m - report.lease.start) * size
-            for name, values in report.metrics.items():
-                pieces.setdefault(name, []).append(values[at : at + len(round.episodes(m))])
-        result = RoundResult(round, {k: np.concatenate(v) for k, v in pieces.items()})
+        round, there = self._ledger.round, sorted(self._reports)
+        result = RoundResult(round, gathered([(m, self._reports[m][1]) for m in there]))
         result.seconds = self.clock() - self._started
+        result.tasks = sum(len(round.episodes(m)) for m in there)
         for worker, report in {id(r): (w, r) for w, r in self._reports.values()}.values():
-            result.worker_s[worker] = result.worker_s.get(worker, 0.0) + report.compute_s
-            result.data_wait_s = max(result.data_wait_s, report.data_wait_s)
-            result.memory = max(result.memory, report.memory)
-            result.programs = max(result.programs, report.programs)
+            result.note(worker, report)
+        if self.quorum < 1.0 and round.kind == "train":
+            first = round.version * round.microbatches
+            result.applied = [Applied(m, first + m, round.version) for m in there]
+            result.left_out = sorted(set(range(round.microbatches)) - set(there))
         return result
 
 
-def _not_finite(report: Report) -> NonFiniteError:
+def gathered(answers: Sequence[tuple[int, Report]]) -> dict[str, np.ndarray]:
+    """The metrics of microbatches, each with the report it is in, one after another."""
+    pieces: dict[str, list[np.ndarray]] = {}
+    for m, report in answers:
+        round = report.lease.round
+        at = (m - report.lease.start) * round.tasks_per_microbatch
+        for name, values in report.metrics.items():
+            pieces.setdefault(name, []).append(values[at : at + len(round.episodes(m))])
+    return {k: np.concatenate(v) for k, v in pieces.items()}
+
+
+def not_finite(report: Report) -> NonFiniteError:
+    """The error of an answer whose losses or gradients are not finite."""
     shown = ", ".join(map(str, report.bad_tasks[:8])) + (" ..." if len(report.bad_tasks) > 8 else "")
     kind = "training" if report.lease.round.kind == "train" else "evaluation"
     return NonFiniteError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -27,12 +28,14 @@ class Ledger:
     Args:
         round: the work.
         first_number: number of the first lease given out.
+        quorum: the part of the microbatches that is enough.
 
     ``lent`` holds everybody who got a lease.
     """
 
-    def __init__(self, round: Round, first_number: int = 0) -> None:
+    def __init__(self, round: Round, first_number: int = 0, quorum: float = 1.0) -> None:
         self.round = round
+        self._enough = max(1, math.ceil(round.microbatches * quorum - 1e-9))
         self.next_number = first_number
         self.releases = 0
         self.lent: set[int] = set()
@@ -41,8 +44,8 @@ class Ledger:
 
     @property
     def finished(self) -> bool:
-        """Whether every microbatch is done."""
-        return len(self._done) == self.round.microbatches
+        """Whether enough microbatches are done: all of them, unless there is a quorum."""
+        return len(self._done) >= self._enough
 
     def deal(self, idle: Sequence[int], now: float, shares: Shares | None = None) -> list[tuple[int, Lease]]:
         """Leases of what is waiting, in consecutive shares to the workers that are idle.

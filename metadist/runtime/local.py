@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from metadist.experiment import Experiment
-from metadist.outer.gradient import Block
+from metadist.outer.gradient import Block, placed
 from metadist.runtime.backend import Computed, Died, Event
 from metadist.server import ParameterServer
 from metadist.worker import Lease, MetaWorker
@@ -27,6 +28,7 @@ class LocalBackend:
         wanted = torch.cuda.is_available() if gpus == "auto" else gpus > 0
         self._device = "cuda" if wanted else "cpu"
         self._pending: list[Lease] = []
+        self._answers: dict[int, dict[Block, np.ndarray]] = {}
         self._threads = torch.get_num_threads()
 
     def start(self, snapshot: dict[str, Any], outer: dict[str, Any]) -> None:
@@ -46,8 +48,7 @@ class LocalBackend:
     def wait(self, timeout: float) -> list[Event]:
         events: list[Event] = []
         for lease in self._pending:
-            report, blocks = self._worker.compute(lease, [self._weights])
-            self._deliver(lease, blocks)
+            report, self._answers[lease.number] = self._worker.compute(lease, [self._weights])
             events.append(Computed(0, report))
         self._pending = []
         return events
@@ -55,8 +56,14 @@ class LocalBackend:
     def dismiss(self, worker: int, reason: str) -> Died:
         raise AssertionError("the worker of this process is never silent")
 
-    def commit(self, version: int, tasks: int) -> dict[str, float]:
-        self._weights, stats = self._server.commit(version, tasks)
+    def accept(self, lease: Lease, version: int, count: int, slot: int | None = None, weight: float = 1.0) -> None:
+        self._server.add(version, count, placed(self._answers.pop(lease.number), slot, weight))
+
+    def drop(self, lease: Lease) -> None:
+        self._answers.pop(lease.number, None)
+
+    def commit(self, version: int, tasks: float, slots: Sequence[int] | None = None) -> dict[str, float]:
+        self._weights, stats = self._server.commit(version, tasks, slots=slots)
         return stats
 
     def snapshot(self) -> dict[str, Any]:
@@ -72,7 +79,3 @@ class LocalBackend:
         if hasattr(self, "_worker"):
             self._worker.close()
         torch.set_num_threads(self._threads)
-
-    def _deliver(self, lease: Lease, blocks: dict[Block, np.ndarray]) -> None:
-        if blocks:
-            self._server.add(lease.round.version, lease.round.microbatches, blocks)

@@ -28,7 +28,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from metadist.config.schema import RuntimeConfig
 from metadist.errors import ClusterError, MetadistError, first_line
 from metadist.experiment import Experiment
-from metadist.outer.gradient import Block
+from metadist.outer.gradient import Block, placed
 from metadist.outer.partition import cut, joined_snapshot, part_of_options, part_of_snapshot
 from metadist.outer.update import norm_of
 from metadist.runtime.backend import ALLOCATOR, Computed, Died, Event, Joined
@@ -75,14 +75,16 @@ class _Shard:
     def weights(self) -> np.ndarray:
         return self._server.weights()
 
-    def add(self, version: int, count: int, blocks: dict[Block, np.ndarray]) -> int:
-        return self._server.add(version, count, blocks)
+    def add(self, version: int, count: int, blocks: dict[Block, np.ndarray], slot: int | None, weight: float) -> int:
+        return self._server.add(version, count, placed(blocks, slot, weight))
 
-    def squares(self, version: int, tasks: int) -> list[float]:
-        return self._server.squares(version, tasks)
+    def squares(self, version: int, tasks: float, slots: Sequence[int] | None) -> list[float]:
+        return self._server.squares(version, tasks, slots)
 
-    def commit(self, version: int, tasks: int, norm: float | None) -> tuple[np.ndarray, dict[str, float]]:
-        return self._server.commit(version, tasks, norm)
+    def commit(
+        self, version: int, tasks: float, norm: float | None, slots: Sequence[int] | None
+    ) -> tuple[np.ndarray, dict[str, float]]:
+        return self._server.commit(version, tasks, norm, slots)
 
     def snapshot(self) -> dict[str, Any]:
         return self._server.snapshot()
@@ -112,6 +114,7 @@ class RayBackend:
         self._experiment, self._make_worker = experiment, make_worker
         self._runtime = experiment.config.runtime
         self._handles: dict[int, _Handle] = {}
+        self._answered: dict[int, list[ObjectRef]] = {}
         self._adding: list[ObjectRef] = []
         self._next_worker = 0
         self._restarts = {"worker": 0, "server": 0}
@@ -180,14 +183,20 @@ class RayBackend:
                     events.append(self._event(number, handle, ref))
         return events
 
-    def commit(self, version: int, tasks: int) -> dict[str, float]:
+    def accept(self, lease: Lease, version: int, count: int, slot: int | None = None, weight: float = 1.0) -> None:
+        for shard, part in zip(self._shards, self._answered.pop(lease.number), strict=True):
+            self._adding.append(shard.add.remote(version, count, part, slot, weight))
+
+    def drop(self, lease: Lease) -> None:
+        self._answered.pop(lease.number, None)
+
+    def commit(self, version: int, tasks: float, slots: Sequence[int] | None = None) -> dict[str, float]:
         adding, self._adding = self._adding, []
         norm = None
         if len(self._shards) > 1:
-            norm = norm_of(
-                itertools.chain(*self._from_server([s.squares.remote(version, tasks) for s in self._shards]))
-            )
-        made: list[Any] = [s.commit.options(num_returns=2).remote(version, tasks, norm) for s in self._shards]
+            squares = [s.squares.remote(version, tasks, slots) for s in self._shards]
+            norm = norm_of(itertools.chain(*self._from_server(squares)))
+        made: list[Any] = [s.commit.options(num_returns=2).remote(version, tasks, norm, slots) for s in self._shards]
         self._from_server(adding)
         result: dict[str, float] = self._from_server([stats for _, stats in made])[0]
         self._weights = [weights for weights, _ in made]
@@ -247,8 +256,7 @@ class RayBackend:
             return Joined(number)
         lease, gradients = handle.answers.pop(ref)
         if lease.round.kind == "train":
-            for shard, part in zip(self._shards, gradients, strict=True):
-                self._adding.append(shard.add.remote(lease.round.version, lease.round.microbatches, part))
+            self._answered[lease.number] = gradients
         return Computed(number, value)
 
     def dismiss(self, worker: int, reason: str) -> Died:

@@ -60,23 +60,23 @@ class JsonlTracker(Tracker):
     def start(self, run: RunInfo) -> None:
         self._metrics, self._evaluations = run.run_dir / METRICS, run.run_dir / EVALUATIONS
         for path in (self._metrics, self._evaluations):
-            _keep(path, [line for line in read_lines(path) if _version(line) <= run.start_version])
-        self._judged = {(_version(e), e.get("split")) for e in read_lines(self._evaluations)}
+            keep_lines(path, [line for line in read_lines(path) if version_of(line) <= run.start_version])
+        self._judged = {(version_of(e), e.get("split")) for e in read_lines(self._evaluations)}
 
     def log(self, version: int, metrics: Mapping[str, Any]) -> None:
-        _append(self._metrics, {"version": version, **metrics})
+        append_line(self._metrics, {"version": version, **metrics})
 
     def log_evaluation(self, version: int, result: Mapping[str, Any]) -> None:
         line, key = {"version": version, **result}, (version, result.get("split"))
         if key in self._judged:  # judged again after a resume: the newer result stands
-            kept = [e for e in read_lines(self._evaluations) if (_version(e), e.get("split")) != key]
-            _keep(self._evaluations, [*kept, line])
+            kept = [e for e in read_lines(self._evaluations) if (version_of(e), e.get("split")) != key]
+            keep_lines(self._evaluations, [*kept, line])
         else:
-            _append(self._evaluations, line)
+            append_line(self._evaluations, line)
         self._judged.add(key)
 
 
-def _version(line: Mapping[str, Any]) -> float:
+def version_of(line: Mapping[str, Any]) -> float:
     version = line.get("version")
     return version if isinstance(version, int) else math.inf
 
@@ -85,14 +85,14 @@ def _encode(line: Mapping[str, Any]) -> bytes:
     return json.dumps(plain(line), allow_nan=False).encode() + b"\n"
 
 
-def _keep(path: Path, lines: list[dict[str, Any]]) -> None:
+def keep_lines(path: Path, lines: list[dict[str, Any]]) -> None:
     """Leaves ``path`` with these lines, and untouched if it holds them already."""
     data = b"".join(map(_encode, lines))
     if not path.exists() or path.read_bytes() != data:
         write_atomically(path, data)
 
 
-def _append(path: Path, line: Mapping[str, Any]) -> None:
+def append_line(path: Path, line: Mapping[str, Any]) -> None:
     """Appends one line by one write; a full disk leaves no part of it."""
     data = _encode(line)
     handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from metadist.config.schema import OuterConfig
 from metadist.errors import ClusterError, NonFiniteError
-from metadist.outer.gradient import Block, partial_sums
+from metadist.outer.gradient import Block, partial_sums, placed
 from metadist.runtime.backend import Computed, Died, Event, Joined
 from metadist.runtime.controller import Controller, RoundResult, means
 from metadist.server import ParameterServer
@@ -38,6 +38,7 @@ class Scripted:
         self.ready, self.starting, self.next_worker = list(range(workers)), [], workers
         self.pending: list[tuple[int, Lease]] = []
         self.leases: list[tuple[int, Lease]] = []
+        self.answers: dict[int, dict[Block, np.ndarray]] = {}
         self.now, self.waits = 0.0, 0
         options = OuterConfig(optimizer="sgd", lr=0.1, steps=10, meta_batch_size=TASKS).model_dump()
         self.server = ParameterServer(np.linspace(-1, 1, 5, dtype=np.float32), options)
@@ -79,8 +80,14 @@ class Scripted:
         self._die(worker, None)
         return Died(worker, reason)
 
-    def commit(self, version: int, tasks: int) -> dict[str, float]:
-        return self.server.commit(version, tasks)[1]
+    def accept(self, lease: Lease, version: int, count: int, slot: int | None = None, weight: float = 1.0) -> None:
+        self.server.add(version, count, placed(self.answers.pop(lease.number), slot, weight))
+
+    def drop(self, lease: Lease) -> None:
+        self.answers.pop(lease.number, None)
+
+    def commit(self, version: int, tasks: float, slots: Sequence[int] | None = None) -> dict[str, float]:
+        return self.server.commit(version, tasks, slots=slots)[1]
 
     # ------------------------------------------------------------- what happens
 
@@ -90,14 +97,13 @@ class Scripted:
         return [Computed(worker, self.report(lease))]
 
     def _die(self, worker: int, sent: Lease | None) -> list[Event]:
-        if sent is not None:
-            self._send(sent)
+        last = [] if sent is None else self._answer(worker, sent)
         self.pending = [(w, lease) for w, lease in self.pending if w != worker]
         self.ready.remove(worker)
         if self.heirs:
             self.starting.append(self.next_worker)
             self.next_worker += 1
-        return [Died(worker, "killed")]
+        return [*last, Died(worker, "killed")]
 
     def _join(self) -> list[Event]:
         self.ready.append(self.next_worker)
@@ -106,9 +112,8 @@ class Scripted:
 
     def _send(self, lease: Lease) -> None:
         if lease.round.kind == "train":
-            # As a worker that holds the weights of the version it was leased; late ones are dropped by it.
             values = [gradient(lease.round, m) for m in range(lease.start, lease.stop)]
-            self.server.add(lease.round.version, lease.round.microbatches, partial_sums(lease.start, values, 6))
+            self.answers[lease.number] = partial_sums(lease.start, values, lease.round.microbatches)
 
     def report(self, lease: Lease) -> Report:
         episodes = [e for m in range(lease.start, lease.stop) for e in lease.round.episodes(m)]
