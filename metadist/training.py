@@ -471,6 +471,9 @@ def evaluate(run_dir: Path, episodes: int | None = None, stand_ins: dict[str, An
 def replay(run_dir: Path, version: int | None = None) -> dict[str, Any]:
     """Makes an asynchronous run's weights again from its log of updates, in this process.
 
+    The options are those of the run's config: a run whose schedule or optimizer was changed at a resume cannot be made
+    again.
+
     Args:
         run_dir: the run's directory.
         version: as far as this one, of which there must be a checkpoint; None: the newest.

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metadist.outer import Block, Layout, TreeSum, sha256_of
-from metadist.outer.gradient import partial_sums
+from metadist.outer.gradient import partial_sums, placed
 
 MIXED = {
     "a": torch.tensor([[1.5, -2.0], [0.25, 3.0]], dtype=torch.float32),
@@ -173,3 +173,44 @@ def test_sha256_tells_apart(other: dict[str, torch.Tensor]) -> None:
 
 def test_sha256_tells_negative_zero() -> None:
     assert sha256_of({"w": torch.tensor([0.0])}) != sha256_of({"w": torch.tensor([-0.0])})
+
+
+@given(st.integers(1, 12), st.data())
+def test_a_sum_of_some_is_the_tree_without_the_others(count: int, data: st.DataObject) -> None:
+    members = data.draw(st.sets(st.integers(0, count - 1), min_size=1))
+    rng = np.random.default_rng(count)
+    values = {m: (rng.normal(size=9) * 10.0 ** rng.integers(-6, 6, 9)).astype(np.float32) for m in range(count)}
+    tree = TreeSum(count)
+    runs = [sorted(members)] if data.draw(st.booleans()) else [[m] for m in sorted(members, reverse=True)]
+    for run in runs:
+        for m in run:
+            tree.add(Block(0, m), values[m])
+
+    def summed(level: int, index: int) -> np.ndarray | None:
+        if level == 0:
+            return values[index] if index in members else None
+        left, right = summed(level - 1, 2 * index), summed(level - 1, 2 * index + 1)
+        return left if right is None else right if left is None else left + right
+
+    wanted = summed((count - 1).bit_length(), 0)
+    assert wanted is not None and tree.total(sorted(members)).tobytes() == wanted.tobytes()
+
+
+def test_a_sum_refuses_what_was_not_agreed_on() -> None:
+    tree = TreeSum(4)
+    for m in (0, 3):
+        tree.add(Block(0, m), np.ones(2, np.float32))
+    with pytest.raises(ValueError, match=r"lacks microbatches \[1\]"):
+        tree.total([0, 1, 3])
+    with pytest.raises(ValueError, match=r"holds microbatches \[3\] that"):
+        tree.total([0])
+    assert tree.total([0, 3]).tolist() == [2, 2]
+
+
+def test_weights_and_places() -> None:
+    one = {Block(0, 5): np.array([1, 3], np.float32)}
+    assert {k: v.tolist() for k, v in placed(one, 2, 0.5).items()} == {Block(0, 2): [0.5, 1.5]}
+    assert placed(one, None, 1.0)[Block(0, 5)] is one[Block(0, 5)]
+    assert placed(one, 0, 1 / 3)[Block(0, 0)].dtype == np.float32
+    with pytest.raises(ValueError, match="one microbatch"):
+        placed({Block(1, 0): np.ones(2)}, 0, 1.0)

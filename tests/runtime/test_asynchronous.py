@@ -1,4 +1,4 @@
-"""The asynchronous controller over a scripted backend: nothing is lost, nothing too old is used, all is written down."""
+"""The asynchronous controller over a scripted backend: nothing is lost or too old, and all of it is written down."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from metadist.outer.gradient import partial_sums
 from metadist.runtime.asynchronous import AsynchronousController
 from metadist.runtime.backend import Computed, Event
 from metadist.runtime.controller import RoundResult
-from metadist.server import ParameterServer
 from metadist.staleness import Applied, Flow
 from metadist.worker import Lease, Round, lease_of, microbatch_of
 from tests.runtime.test_controller import HISTORY, TASKS, TIMEOUT_S, Scripted, training_round

@@ -287,6 +287,38 @@ def test_workers_of_one_speed_never_do_anything_twice() -> None:
     assert releases == 0 and max(taken[2:]) <= 0.25
 
 
+@given(HISTORY, st.integers(1, 8), st.sampled_from([0.2, 0.5, 0.99]))
+def test_with_a_quorum_an_update_is_made_of_what_has_come_and_says_so(
+    script: list[tuple[str, int]], workers: int, quorum: float
+) -> None:
+    backend = Scripted(script, workers)
+    driver = controller(backend, quorum=quorum)
+    wanted = Scripted().server
+    for version in range(3):
+        round = training_round(version)
+        result = driver.run(round)
+        backend.commit(version, result.tasks, result.slots)
+        there = [a.slot for a in result.applied]
+        assert len(there) >= quorum * round.microbatches
+        assert sorted(there + result.left_out) == list(range(round.microbatches))
+        assert [a.microbatch for a in result.applied] == [version * round.microbatches + m for m in there]
+        assert result.metrics["number"].tolist() == [e for m in there for e in round.episodes(m)]
+        assert result.tasks == len(result.metrics["number"])
+        for m in there:
+            wanted.add(version, round.microbatches, {Block(0, m): gradient(round, m)})
+        wanted.commit(version, result.tasks, slots=there)
+    assert backend.server.weights().tobytes() == wanted.weights().tobytes()
+
+
+def test_a_quorum_does_not_wait_for_the_silent() -> None:
+    backend = Scripted([("answer", 1), ("answer", 1)], workers=3)
+    result = controller(backend, quorum=0.6).run(training_round(0))
+    assert result.left_out == [0, 1] and backend.now == 0.0
+    # An evaluation needs all of it; the silent one is at the old round and the others do it.
+    judged = controller(backend, quorum=0.6).run(Round("evaluate", 1, "test", "evaluation/test", 0, 7, 3))
+    assert judged.metrics["number"].tolist() == list(range(7)) and not judged.left_out
+
+
 def test_an_evaluation_gathers_its_metrics_in_episode_order_and_leaves_the_server_alone() -> None:
     backend = Scripted([("answer", 2), ("die", 1), ("answer", 0)], workers=3)
     before = backend.server.weights().tobytes()
