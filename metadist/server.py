@@ -65,6 +65,16 @@ class ParameterServer:
                 self._sum = TreeSum(count)
             return sum(self._sum.add(block, value) for block, value in blocks.items())
 
+    def retract(self, slot: int) -> None:
+        """Lets go of the gradient at a place of the sum, if it has come: another will take it.
+
+        Raises:
+            ValueError: it has been added to others.
+        """
+        with self._lock:
+            if self._sum is not None:
+                self._sum.discard(Block(0, slot))
+
     def squares(self, version: int, tasks: float, slots: Sequence[int] | None = None) -> list[float]:
         """Sums the gradients of ``version``; the sums of squares of its mean over ``tasks``, chunk by chunk.
 

@@ -114,9 +114,15 @@ class Flow:
             self.dropped.append((microbatch, base))
             self.give_back([microbatch])
             return None
-        found = Applied(len(self.applied), microbatch, base, weight_of(staleness, self.weighting))
+        slot = min(set(range(self.per_update)) - {a.slot for a in self.applied})
+        found = Applied(slot, microbatch, base, weight_of(staleness, self.weighting))
         self.applied.append(found)
         return found
+
+    def reopen(self, microbatch: int) -> None:
+        """What was to be applied was lost: its place is free, and it will be computed again."""
+        self.applied = [a for a in self.applied if a.microbatch != microbatch]
+        self.give_back([microbatch])
 
     def committed(self) -> None:
         """The update is made; the next one is begun."""

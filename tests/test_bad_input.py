@@ -70,6 +70,11 @@ def from_shards(shards: Path, *more: str) -> list[str]:
         ("outer.lr=fast", [r"outer\.lr: 'fast' will not do", "number"]),
         ("tasks.ways=1.5", [r"tasks\.ways: 1\.5 will not do"]),
         ("runtime.workers=0", [r"runtime\.workers: 0 will not do", "greater than or equal to 1"]),
+        ("runtime.workers=many", [r"runtime\.workers: 'many' will not do"]),
+        ("runtime.workers={min: 3, max: 2}", [r"runtime\.workers: min is 3, more than max, which is 2"]),
+        ("runtime.workers={min: 0, max: 2}", [r"runtime\.workers\.min: 0 will not do"]),
+        ("runtime.workers={least: 1, max: 2}", [r"runtime\.workers\.least: there is no such field"]),
+        ("runtime={node_sums: true, max_staleness: 1}", ["node_sums is for updates that wait", "max_staleness: 0"]),
         ("algorithm.type=mamll", [r"algorithm\.type: there is no 'mamll'; did you mean maml\?"]),
         ("nonsense", [r"nonsense: is not of the form key\.sub=value"]),
     ],
@@ -160,15 +165,19 @@ def test_an_unreachable_dashboard(tmp_path):
 
 
 def test_more_gpus_than_there_are():
-    from metadist.config.schema import RuntimeConfig
+    from metadist.config.schema import RuntimeConfig, WorkersRange
     from metadist.errors import ClusterError
-    from metadist.runtime.ray import plan_workers
+    from metadist.runtime.cluster import plan_workers
 
     with pytest.raises(
         ClusterError, match=r"runtime\.gpus_per_worker: 4 workers with 1 GPUs each need 4, the cluster has 2"
     ):
         plan_workers(RuntimeConfig(workers=4, gpus_per_worker=1), {"CPU": 8, "GPU": 2})
     assert plan_workers(RuntimeConfig(workers=4, gpus_per_worker=0.5), {"CPU": 8, "GPU": 2}) == (4, 0.5)
+    some = WorkersRange(min=1, max=9)
+    assert plan_workers(RuntimeConfig(workers=some, address="head:1"), {"CPU": 2}) == (9, 0.0), "room may come"
+    assert plan_workers(RuntimeConfig(workers=some), {"CPU": 2}) == (2, 0.0), "on one machine it will not"
+    assert plan_workers(RuntimeConfig(workers=WorkersRange(min=4, max=9)), {"CPU": 2}) == (4, 0.0)
 
 
 def test_more_gpus_than_there_are_by_command(tmp_path):

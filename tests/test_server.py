@@ -119,3 +119,16 @@ def test_weights_handed_out_and_in_are_copies() -> None:
     mine[:] = 0
     s.weights()[:] = 0
     assert s.weights().tobytes() == START.tobytes()
+
+
+def test_a_retracted_gradient_leaves_its_place_to_another() -> None:
+    s, plain = server(), server()
+    v = values(0)
+    s.retract(1)  # nothing has come yet
+    for m in range(MICROBATCHES):
+        s.add(0, MICROBATCHES, {Block(0, m): v[m] if m != 1 else v[m] * 100})
+    s.retract(1)
+    with pytest.raises(ValueError, match=r"lacks microbatches \[1\]"):
+        s.commit(0, TASKS)
+    assert s.add(0, MICROBATCHES, {Block(0, 1): v[1]}) == 1
+    assert s.commit(0, TASKS)[0].tobytes() == step(plain, 0)[0].tobytes()

@@ -244,7 +244,9 @@ def _locate(loc: tuple[int | str, ...]) -> tuple[str, type[BaseModel] | None]:
 
 def _is_branch(part: Any) -> bool:
     # The arms of a plain union show up as names such as "int" or "literal['auto']".
-    return isinstance(part, str) and bool(re.match(r"^(int|float|bool|str|literal|constrained|function|tuple)", part))
+    return isinstance(part, str) and bool(
+        re.match(r"^(int|float|bool|str|literal|constrained|function|tuple|range)", part)
+    )
 
 
 def _nearest(name: str, names: Sequence[str]) -> str:

@@ -5,9 +5,9 @@ The first line of a class docstring is what ``metadist check --list`` prints for
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ByteSize, Field, model_validator
+from pydantic import ByteSize, Discriminator, Field, Tag, model_validator
 
 from metadist.config.algorithms import AlgorithmConfig
 from metadist.config.section import CustomConfig, Fraction, Natural, Positive, PythonConfig, Rate, Section
@@ -239,11 +239,42 @@ class OuterConfig(Section):
 # --------------------------------------------------------------------------- where and how it runs
 
 
+class WorkersRange(Section):
+    """Workers that come and go with the cluster: `{min: 2, max: 16}`."""
+
+    min: Positive = Field(1, description="the run begins when so many are ready; afterwards one is enough")
+    max: Positive = Field(description="as many are asked for, of an autoscaler too; each begins when there is room")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> WorkersRange:
+        if self.min > self.max:
+            raise ValueError(f"min is {self.min}, more than max, which is {self.max}")
+        return self
+
+
+def _arm_of_workers(value: Any) -> str:
+    if isinstance(value, str):
+        return "literal"
+    return "range" if isinstance(value, (dict, WorkersRange)) else "int"
+
+
+Workers = Annotated[
+    Annotated[Positive, Tag("int")]
+    | Annotated[Literal["auto"], Tag("literal")]
+    | Annotated[WorkersRange, Tag("range")],
+    Discriminator(_arm_of_workers),
+]
+
+
 class RuntimeConfig(Section):
     """Where the workers are: `ray` (actors on this machine or a cluster) or `local` (this process)."""
 
     type: Literal["ray", "local"] = "ray"
-    workers: Positive | Literal["auto"] = Field("auto", description="worker processes; auto: one a GPU, else one a CPU")
+    workers: Workers = Field(
+        "auto",
+        description="worker processes; auto: one a GPU, else one a CPU; {min, max}: as many as there is room for, also "
+        "on nodes that join later",
+    )
     gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
         "auto", description="GPUs of each worker, fractions allowed; auto: one where there are any"
     )
@@ -253,6 +284,11 @@ class RuntimeConfig(Section):
     )
     server_shards: Positive = Field(
         1, description="actors that the parameter server is cut into, for models of 100 MB and more; changes no bit"
+    )
+    node_sums: bool = Field(
+        False,
+        description="gradients are summed on each node before they go to the server, for nodes with many workers and "
+        "little network; changes no bit",
     )
     max_staleness: Natural = Field(
         0,
@@ -284,6 +320,10 @@ class RuntimeConfig(Section):
             raise ValueError(
                 "microbatches_per_update needs max_staleness above 0; for smaller updates that wait for all of it "
                 "lower outer.meta_batch_size"
+            )
+        if self.node_sums and self.max_staleness:
+            raise ValueError(
+                "node_sums is for updates that wait for their meta-batch; write false, or max_staleness: 0"
             )
         return self
 

@@ -133,6 +133,17 @@ class TreeSum:
             self._merge()
         return True
 
+    def discard(self, block: Block) -> None:
+        """Lets go of one node's partial sum, if it is here.
+
+        Raises:
+            ValueError: it has been added to others.
+        """
+        block = Block(*block)
+        if block not in self._held and any(self._contains(b, block) for b in self._held):
+            raise ValueError(f"{block} is part of a larger sum already")
+        self._held.pop(block, None)
+
     def missing(self) -> list[int]:
         """Numbers of the microbatches not handed in yet."""
         there = {m for b in self._held for m in range(*self._span(b))}

@@ -11,7 +11,7 @@ from metadist.runtime.backend import Backend
 from metadist.runtime.controller import POLL_S, Controller, RoundResult, gathered, not_finite
 from metadist.runtime.leases import Ledger
 from metadist.staleness import Applied, Flow
-from metadist.worker import Report, Round, lease_of, microbatch_of
+from metadist.worker import Lease, Report, Round, lease_of, microbatch_of
 
 
 class AsynchronousController(Controller):
@@ -50,7 +50,7 @@ class AsynchronousController(Controller):
         if not self._gathering:
             return super().finish()
         self._alone_since = None
-        while not self.flow.full:
+        while not self.flow.full or self._reopened():
             self._turn()
         return self._gathered()
 
@@ -83,6 +83,10 @@ class AsynchronousController(Controller):
         self.flow.give_back([microbatch_of(lease)])
         return 1
 
+    def _reopen(self, lease: Lease) -> None:
+        self.flow.reopen(microbatch_of(lease))
+        self._taken = [t for t in self._taken if t[2].lease.number != lease.number]
+
     def _answered(self, worker: int, report: Report) -> None:
         if report.lease.round.kind != "train":
             super()._answered(worker, report)
@@ -106,6 +110,7 @@ class AsynchronousController(Controller):
             self._taken.append((found, worker, report))
 
     def _gathered(self) -> RoundResult:
+        self._taken.sort(key=lambda taken: taken[0].slot)
         result = RoundResult(self._update, gathered([(report.lease.start, report) for _, _, report in self._taken]))
         result.seconds = self.clock() - self._started
         for _, worker, report in self._taken:

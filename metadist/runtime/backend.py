@@ -30,13 +30,21 @@ class Died:
 
 
 @dataclass(frozen=True)
+class Left:
+    """A worker was let go of between two leases; another may come in its place."""
+
+    worker: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class Joined:
     """A worker is ready for leases."""
 
     worker: int
 
 
-Event = Computed | Died | Joined
+Event = Computed | Died | Left | Joined
 
 
 class Backend(Protocol):
@@ -90,8 +98,11 @@ class Backend(Protocol):
     def drop(self, lease: Lease) -> None:
         """Lets go of the gradients of an answered lease."""
 
+    def settle(self) -> list[Lease]:
+        """Waits until what was accepted has come to the server; the leases of which it did not, and never will."""
+
     def commit(self, version: int, tasks: float, slots: Sequence[int] | None = None) -> dict[str, float]:
-        """Makes the next version of the gradients that were accepted; returns the update's statistics.
+        """Makes the next version of the gradients that were accepted and have settled; returns the update's statistics.
 
         Args:
             version: the server's.

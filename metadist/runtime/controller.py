@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from metadist.errors import ClusterError, NonFiniteError
-from metadist.runtime.backend import Backend, Computed, Died, Event
+from metadist.runtime.backend import Backend, Computed, Died, Event, Left
 from metadist.runtime.leases import Ledger
 from metadist.runtime.pace import Pace
 from metadist.staleness import Applied
@@ -118,12 +118,27 @@ class Controller:
         """Waits until the round that was begun is done."""
         ledger = self._ledger
         self._alone_since: float | None = None
-        while not ledger.finished:
+        while not ledger.finished or self._reopened():
             self._turn()
         self._next_lease = ledger.next_number
         self.pace.pass_over(ledger.round.kind, [w for w in self.backend.workers() if w not in ledger.lent])
         self.releases += ledger.releases
         return self._result()
+
+    def _reopened(self) -> bool:
+        """Whether gradients were lost on their way to the server, with their node, and are computed again."""
+        lost = self.backend.settle()
+        for lease in lost:
+            self._reopen(lease)
+        if lost:
+            self.on_event(f"the gradients of {len(lost)} leases were lost with a node; they are computed again")
+            self._lend()
+        return bool(lost)
+
+    def _reopen(self, lease: Lease) -> None:
+        self._ledger.reopen(lease)
+        for m in range(lease.start, lease.stop):
+            self._reports.pop(m, None)
 
     def _turn(self) -> None:
         """Waits for news, and acts on it."""
@@ -183,6 +198,9 @@ class Controller:
             lost = self._lost(event.worker)
             self._asked.pop(event.worker, None)
             self.on_event(f"worker {event.worker} died ({event.reason}); {lost} microbatches go to others")
+        elif isinstance(event, Left):
+            self.pace.forget(event.worker)
+            self.on_event(f"worker {event.worker} left ({event.reason})")
         else:
             self.on_event(f"worker {event.worker} joined")
 

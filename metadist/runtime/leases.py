@@ -101,6 +101,10 @@ class Ledger:
         self._done |= fresh
         return bool(fresh)
 
+    def reopen(self, lease: Lease) -> None:
+        """What a lease gave was lost: its microbatches are waiting again."""
+        self._done -= set(range(lease.start, lease.stop))
+
     def lose(self, worker: int) -> int:
         """Takes back what a lost worker held; returns how many microbatches are waiting again."""
         before = len(self._waiting())

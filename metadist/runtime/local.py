@@ -62,6 +62,9 @@ class LocalBackend:
     def drop(self, lease: Lease) -> None:
         self._answers.pop(lease.number, None)
 
+    def settle(self) -> list[Lease]:
+        return []
+
     def commit(self, version: int, tasks: float, slots: Sequence[int] | None = None) -> dict[str, float]:
         self._weights, stats = self._server.commit(version, tasks, slots=slots)
         return stats

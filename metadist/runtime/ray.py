@@ -1,4 +1,4 @@
-"""Workers and parameter server as Ray actors. The only file that says ``@ray.remote``.
+"""Workers as Ray actors, and the backend that leases to them.
 
 The driver owns leases and membership and waits on references; weights and gradients go between workers
 and server through the object store without passing through it. Workers are replaced, never restarted,
@@ -7,15 +7,10 @@ so that nothing runs twice behind the controller's back.
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import logging
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,20 +18,19 @@ import ray
 import torch
 from ray import ObjectRef
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, RayError, RayTaskError
 
-from metadist.config.schema import RuntimeConfig
+from metadist.config.schema import WorkersRange
 from metadist.errors import ClusterError, MetadistError, first_line
 from metadist.experiment import Experiment
-from metadist.outer.gradient import Block, placed
-from metadist.outer.partition import cut, joined_snapshot, part_of_options, part_of_snapshot
-from metadist.outer.update import norm_of
-from metadist.runtime.backend import ALLOCATOR, Computed, Died, Event, Joined
-from metadist.server import ParameterServer
+from metadist.outer.gradient import Block
+from metadist.runtime.backend import Computed, Died, Event, Joined, Left
+from metadist.runtime.cluster import connect, draining_nodes, plan_workers
+from metadist.runtime.ray_server import RayServer, cause_of, kill, server_is_gone
 from metadist.worker import Lease, MetaWorker, Report
 
 _START_TIMEOUT_S = 300.0
-_CONNECT_TIMEOUT_S = 20.0
+_MEMBERSHIP_S = 1.0
 
 
 class LeaseWorker(Protocol):
@@ -57,7 +51,8 @@ class _Worker:
     def ready(self) -> dict[str, Any]:
         # Not in the constructor, whose errors reach the driver as text alone.
         self._worker = self._make(self._experiment, self._device)
-        return {"pid": os.getpid(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+        node = ray.get_runtime_context().get_node_id()
+        return {"pid": os.getpid(), "node": node, "torch": torch.__version__, "threads": torch.get_num_threads()}
 
     def compute(
         self, lease: Lease, cuts: list[tuple[int, int]], *weights: np.ndarray
@@ -67,40 +62,23 @@ class _Worker:
         return report, *({block: v[a:z] for block, v in blocks.items()} for a, z in cuts)
 
 
-@ray.remote
-class _Shard:
-    def __init__(self, snapshot: dict[str, Any], options: dict[str, Any], threads: int) -> None:
-        self._server = ParameterServer.at(snapshot, options, threads)
-
-    def weights(self) -> np.ndarray:
-        return self._server.weights()
-
-    def add(self, version: int, count: int, blocks: dict[Block, np.ndarray], slot: int | None, weight: float) -> int:
-        return self._server.add(version, count, placed(blocks, slot, weight))
-
-    def squares(self, version: int, tasks: float, slots: Sequence[int] | None) -> list[float]:
-        return self._server.squares(version, tasks, slots)
-
-    def commit(
-        self, version: int, tasks: float, norm: float | None, slots: Sequence[int] | None
-    ) -> tuple[np.ndarray, dict[str, float]]:
-        return self._server.commit(version, tasks, norm, slots)
-
-    def snapshot(self) -> dict[str, Any]:
-        return self._server.snapshot()
-
-
 @dataclass
 class _Handle:
     actor: ActorHandle
     starting: ObjectRef | None
     answers: dict[ObjectRef, tuple[Lease, list[ObjectRef]]] = field(default_factory=dict)
+    node: str = ""
+    leaving: bool = False
 
 
 class RayBackend:
     """A parameter server and ``runtime.workers`` workers on a Ray cluster, one started here if none is named.
 
-    The server is ``runtime.server_shards`` actors, each with a part of the flat vector; workers send each its part.
+    The server is ``runtime.server_shards`` actors, each with a part of the flat vector; workers send each its part, or
+    with ``runtime.node_sums`` one actor of each node sends what its workers computed. Of a range of workers the most
+    are asked for at once: those that find no room wait as pending actors, which is also what an autoscaler looks at,
+    begin where a node joins, and are withdrawn at the end. Workers of a node that is being drained take no new lease
+    and leave after the one they hold.
 
     Args:
         experiment: what is run, with ``engine.strategy`` decided.
@@ -114,12 +92,11 @@ class RayBackend:
         self._experiment, self._make_worker = experiment, make_worker
         self._runtime = experiment.config.runtime
         self._handles: dict[int, _Handle] = {}
-        self._answered: dict[int, list[ObjectRef]] = {}
-        self._adding: list[ObjectRef] = []
+        self._answered: dict[int, tuple[str, list[ObjectRef]]] = {}
+        self._membership_seen = 0.0
         self._next_worker = 0
         self._restarts = {"worker": 0, "server": 0}
-        self._shards: list[ActorHandle] = []
-        self._cuts: list[tuple[int, int]] = []
+        self._server: RayServer | None = None
         self._started_here = connect(self._runtime)
         try:
             self._workers, self._gpus = plan_workers(self._runtime, ray.cluster_resources())
@@ -129,82 +106,82 @@ class RayBackend:
 
     def start(self, snapshot: dict[str, Any], outer: dict[str, Any]) -> None:
         self._experiment_ref = ray.put(self._experiment)
-        self._cuts = cut(outer["sizes"], self._runtime.server_shards)
-        # Shards compute nothing to speak of but move much: each on another node, as far as there are nodes.
-        where = {
-            "num_cpus": 0,
-            "max_restarts": 0,
-            "scheduling_strategy": "SPREAD" if len(self._cuts) > 1 else "DEFAULT",
-        }
-        for a, z in self._cuts:
-            part, options = part_of_snapshot(snapshot, a, z), part_of_options(outer, a, z)
-            made = _Shard.options(**where).remote(part, options, self._runtime.threads_per_worker)  # type: ignore[attr-defined]
-            self._shards.append(made)
-        self._weights = [shard.weights.remote() for shard in self._shards]
+        self._server = RayServer(snapshot, outer, self._runtime)
         for _ in range(self._workers):
             self._hire()
-        deadline = time.monotonic() + _START_TIMEOUT_S
-        while not self.workers():
-            if time.monotonic() > deadline:
+        wanted = self._runtime.workers.min if isinstance(self._runtime.workers, WorkersRange) else 1
+        there, since = 0, time.monotonic()
+        while there < wanted:
+            if time.monotonic() - since > _START_TIMEOUT_S:
                 raise ClusterError(
                     "runtime",
-                    f"no worker became ready in {_START_TIMEOUT_S:.0f} s",
+                    f"{there or 'no'} worker{'s' * (there > 1)} became ready, {wanted} wanted, and no other came in "
+                    f"{_START_TIMEOUT_S:.0f} s",
                     "see what the cluster has with `ray status`, or lower runtime.workers",
                 )
             self.wait(1.0)
+            if len(self.workers()) != there:
+                there, since = len(self.workers()), time.monotonic()
 
     def idle(self) -> list[int]:
-        return [n for n, h in self._handles.items() if h.starting is None and not h.answers]
+        return [n for n, h in self._handles.items() if h.starting is None and not h.answers and not h.leaving]
 
     def workers(self) -> list[int]:
         return [n for n, h in self._handles.items() if h.starting is None]
 
     def lease(self, worker: int, lease: Lease) -> None:
         handle = self._handles[worker]
-        options = {"num_returns": 1 + len(self._cuts)}
-        refs: list[ObjectRef] = handle.actor.compute.options(**options).remote(lease, self._cuts, *self._weights)
+        cuts, weights = self.server.cuts, self.server.weights
+        refs: list[ObjectRef] = handle.actor.compute.options(num_returns=1 + len(cuts)).remote(lease, cuts, *weights)
         report, *gradients = refs
         handle.answers[report] = (lease, gradients)
 
     def wait(self, timeout: float) -> list[Event]:
-        waiting = [r for h in self._handles.values() for r in ([h.starting] if h.starting else list(h.answers))]
-        if not waiting:
-            time.sleep(min(timeout, 0.1))
-            return []
-        first, _ = ray.wait(waiting, num_returns=1, timeout=timeout)
-        if not first:
-            return []
-        ready, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0)
-        arrived = set(ready) | set(first)
+        arrived = self._arrived(timeout)
         events: list[Event] = []
         for number, handle in list(self._handles.items()):
             for ref in [r for r in ([handle.starting] if handle.starting else list(handle.answers)) if r in arrived]:
                 if number in self._handles:
                     events.append(self._event(number, handle, ref))
-        return events
+        return events + self._leave()
+
+    def _arrived(self, timeout: float) -> set[ObjectRef]:
+        """The references that workers have answered; waits up to ``timeout`` seconds for one."""
+        waiting = [r for h in self._handles.values() for r in ([h.starting] if h.starting else list(h.answers))]
+        if not waiting:
+            time.sleep(min(timeout, 0.1))
+            return set()
+        first, _ = ray.wait(waiting, num_returns=1, timeout=timeout)
+        if not first:
+            return set()
+        ready, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0)
+        return set(ready) | set(first)
 
     def accept(self, lease: Lease, version: int, count: int, slot: int | None = None, weight: float = 1.0) -> None:
-        for shard, part in zip(self._shards, self._answered.pop(lease.number), strict=True):
-            self._adding.append(shard.add.remote(version, count, part, slot, weight))
+        node, parts = self._answered.pop(lease.number)
+        if not self._runtime.node_sums:
+            self.server.add(lease, version, count, parts, slot, weight)
+            return
+        self.server.add_on_node(node, lease, version, count, parts)
+        if not any(h.answers for h in self._handles.values() if h.node == node):
+            self.server.pass_on(node)
 
     def drop(self, lease: Lease) -> None:
         self._answered.pop(lease.number, None)
 
+    def settle(self) -> list[Lease]:
+        return self.server.settle()
+
     def commit(self, version: int, tasks: float, slots: Sequence[int] | None = None) -> dict[str, float]:
-        adding, self._adding = self._adding, []
-        norm = None
-        if len(self._shards) > 1:
-            squares = [s.squares.remote(version, tasks, slots) for s in self._shards]
-            norm = norm_of(itertools.chain(*self._from_server(squares)))
-        made: list[Any] = [s.commit.options(num_returns=2).remote(version, tasks, norm, slots) for s in self._shards]
-        self._from_server(adding)
-        result: dict[str, float] = self._from_server([stats for _, stats in made])[0]
-        self._weights = [weights for weights, _ in made]
-        return result
+        return self.server.commit(version, tasks, slots)
 
     def snapshot(self) -> dict[str, Any]:
-        # A consistent cut: calls of one caller are in order, and none commits in between.
-        return joined_snapshot(self._from_server([s.snapshot.remote() for s in self._shards]))
+        return self.server.snapshot()
+
+    @property
+    def server(self) -> RayServer:
+        assert self._server is not None, "start() comes first"
+        return self._server
 
     def restarts(self) -> dict[str, int]:
         return dict(self._restarts)
@@ -217,16 +194,16 @@ class RayBackend:
             "workers": self._workers,
             "device": device,
             "gpus_per_worker": self._gpus,
-            "server_shards": len(self._shards) or self._runtime.server_shards,
+            "server_shards": len(self._server.cuts) if self._server else self._runtime.server_shards,
         }
 
     def close(self) -> None:
         for handle in self._handles.values():
-            _kill(handle.actor)
-        for shard in self._shards:
-            _kill(shard)
+            kill(handle.actor)
         self._handles.clear()
-        self._shards.clear()
+        if self._server is not None:
+            self._server.close()
+            self._server = None
         if self._started_here:
             ray.shutdown()
 
@@ -248,24 +225,44 @@ class RayBackend:
         try:
             value = ray.get(ref)
         except RayTaskError as e:
-            raise _cause(e) from e
-        except RayActorError as e:
-            return self._replace(number, first_line(e))
+            cause = cause_of(e)
+            # What workers are handed that can be lost is weights alone.
+            raise server_is_gone(cause) if isinstance(cause, RayError) else cause from e
+        except RayError as e:
+            # An answer that is lost was on the worker's node, which is gone then.
+            expected = handle.leaving or (isinstance(e, ActorDiedError) and e.preempted)
+            return self._replace(number, first_line(e), expected)
         if ref == handle.starting:
-            handle.starting = None
+            handle.starting, handle.node = None, value["node"]
             return Joined(number)
         lease, gradients = handle.answers.pop(ref)
         if lease.round.kind == "train":
-            self._answered[lease.number] = gradients
+            self._answered[lease.number] = handle.node, gradients
         return Computed(number, value)
 
     def dismiss(self, worker: int, reason: str) -> Died:
         return self._replace(worker, reason)
 
-    def _replace(self, number: int, reason: str) -> Died:
+    def _leave(self) -> list[Event]:
+        """Lets go of the workers of nodes that are being drained, once they hold no lease; looks once a second."""
+        now = time.monotonic()
+        if now - self._membership_seen < _MEMBERSHIP_S:
+            return []
+        self._membership_seen = now
+        draining = draining_nodes()
+        events: list[Event] = []
+        for number, handle in list(self._handles.items()):
+            handle.leaving = handle.leaving or handle.node in draining
+            if handle.leaving and not handle.answers:
+                kill(self._handles.pop(number).actor)
+                self._hire()
+                events.append(Left(number, "its node is being drained"))
+        return events
+
+    def _replace(self, number: int, reason: str, expected: bool = False) -> Died:
         # The actor may still live if it was only out of reach, or hangs.
-        _kill(self._handles.pop(number).actor)
-        self._restarts["worker"] += 1
+        kill(self._handles.pop(number).actor)
+        self._restarts["worker"] += not expected
         if self._restarts["worker"] > self._runtime.max_worker_restarts:
             raise ClusterError(
                 "runtime",
@@ -274,120 +271,3 @@ class RayBackend:
             )
         self._hire()
         return Died(number, reason)
-
-    def _from_server(self, refs: Any) -> Any:
-        try:
-            return ray.get(refs)
-        except RayTaskError as e:
-            raise _cause(e) from e
-        except RayError as e:
-            raise ClusterError(
-                "parameter server",
-                f"is gone ({first_line(e)})",
-                "go on from the last checkpoint with `metadist resume`",
-            ) from e
-
-
-def connect(runtime: RuntimeConfig) -> bool:
-    """Joins the cluster the config names, or starts one on this machine; True if it was started here."""
-    if ray.is_initialized():
-        return False
-    environment = {
-        "GLIBC_TUNABLES": ALLOCATOR,
-        "OMP_NUM_THREADS": str(runtime.threads_per_worker),
-        "PYTHONPATH": os.pathsep.join(dict.fromkeys([os.getcwd(), *filter(None, sys.path)])),
-    }
-    common: dict[str, Any] = {
-        "logging_level": logging.ERROR,
-        "log_to_driver": runtime.worker_logs,
-        "configure_logging": True,
-    }
-    if runtime.address is None:
-        workers = _local_workers(runtime)
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            num_cpus=max(workers * runtime.threads_per_worker, 1),
-            runtime_env={"env_vars": environment},
-            **common,
-        )
-        _protect_token()
-        return True
-    _check_reachable(runtime.address)
-    del environment["PYTHONPATH"]
-    try:
-        ray.init(address=runtime.address, runtime_env={"env_vars": environment}, **common)
-    except (ConnectionError, RuntimeError, ValueError, RayError) as e:
-        raise _unreachable(runtime.address, first_line(e)) from e
-    return True
-
-
-def plan_workers(runtime: RuntimeConfig, resources: dict[str, float]) -> tuple[int, float]:
-    """How many workers, and how many GPUs for each, on a cluster with ``resources``.
-
-    Raises:
-        ClusterError: it has not the GPUs or CPUs that the config asks for.
-    """
-    cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
-    each = (1.0 if gpus >= 1 else 0.0) if runtime.gpus_per_worker == "auto" else float(runtime.gpus_per_worker)
-    fit = int(gpus / each) if each else int(cpus // runtime.threads_per_worker)
-    workers = max(1, fit) if runtime.workers == "auto" else runtime.workers
-    if each and fit < workers:
-        raise ClusterError(
-            "runtime.gpus_per_worker",
-            f"{workers} workers with {each:g} GPUs each need {workers * each:g}, the cluster has {gpus:g}",
-            "lower runtime.workers or runtime.gpus_per_worker (fractions share a GPU), or write gpus_per_worker: 0",
-        )
-    if runtime.address is not None and cpus < workers * runtime.threads_per_worker:
-        raise ClusterError(
-            "runtime.workers",
-            f"{workers} workers need {workers * runtime.threads_per_worker} CPUs, the cluster has {cpus:g}",
-            "lower runtime.workers or write auto",
-        )
-    return workers, each
-
-
-def _local_workers(runtime: RuntimeConfig) -> int:
-    if runtime.workers != "auto":
-        return runtime.workers
-    return os.cpu_count() or 1
-
-
-def _check_reachable(address: str) -> None:
-    """Fails within seconds where Ray's own client would retry for minutes."""
-    if address == "auto" or "://" in address or ":" not in address:
-        return
-    import socket
-
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
-    except (OSError, ValueError) as e:
-        raise _unreachable(address, str(e)) from e
-
-
-def _unreachable(address: str, why: str) -> ClusterError:
-    return ClusterError(
-        "runtime.address",
-        f"no Ray cluster answers at {address} ({why})",
-        "check the address, start a head with `ray start --head`, or write address: null to start one here",
-    )
-
-
-def _protect_token() -> None:
-    """Ray writes the cluster's access token readable by every user of the machine."""
-    with contextlib.suppress(OSError):
-        token = Path.home() / ".ray" / "auth_token"
-        if token.exists():
-            token.chmod(0o600)
-
-
-def _cause(error: RayTaskError) -> BaseException:
-    """The error as it was raised in the actor."""
-    cause = error.cause if isinstance(getattr(error, "cause", None), BaseException) else None
-    return cause if cause is not None else error
-
-
-def _kill(actor: ActorHandle) -> None:
-    with contextlib.suppress(Exception):
-        ray.kill(actor)

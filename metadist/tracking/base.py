@@ -24,7 +24,7 @@ class RunInfo:
         total_steps: outer steps of the whole run, those before a resume included.
         start_version: the version the run starts from; 0 unless it is resumed.
         wandb_run_id: the Weights & Biases run to continue, if there is one.
-        workers: how many workers it starts with.
+        workers: how many workers it asks for.
         metric: what tasks are judged by, ``accuracy`` or for example ``mean_squared_error``.
     """
 

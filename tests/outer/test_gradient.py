@@ -214,3 +214,16 @@ def test_weights_and_places() -> None:
     assert placed(one, 0, 1 / 3)[Block(0, 0)].dtype == np.float32
     with pytest.raises(ValueError, match="one microbatch"):
         placed({Block(1, 0): np.ones(2)}, 0, 1.0)
+
+
+def test_what_is_discarded_is_missing_again_and_may_be_replaced() -> None:
+    tree = TreeSum(4)
+    for m in range(4):
+        tree.add(Block(0, m), np.full(3, m, np.float32))
+    tree.discard(Block(0, 2))
+    tree.discard(Block(0, 2))
+    assert tree.missing() == [2]
+    tree.add(Block(0, 2), np.full(3, 20, np.float32))
+    assert tree.total().tolist() == [24, 24, 24]
+    with pytest.raises(ValueError, match="part of a larger sum"):
+        tree.discard(Block(0, 2))

@@ -13,7 +13,7 @@ def cluster() -> Iterator[None]:
     import ray
 
     from metadist.config.schema import RuntimeConfig
-    from metadist.runtime.ray import connect
+    from metadist.runtime.cluster import connect
 
     assert connect(RuntimeConfig(workers=3)), "another test left its cluster running"
     yield

@@ -17,7 +17,7 @@ from metadist.runtime.backend import Computed, Event
 from metadist.runtime.controller import RoundResult
 from metadist.staleness import Applied, Flow
 from metadist.worker import Lease, Round, lease_of, microbatch_of
-from tests.runtime.test_controller import HISTORY, TASKS, TIMEOUT_S, Scripted, training_round
+from tests.runtime.test_controller import HISTORY, LOSSES, TASKS, TIMEOUT_S, Scripted, training_round
 
 PER_ROUND = training_round(0).microbatches
 
@@ -78,14 +78,15 @@ def again(results: Sequence[RoundResult], per_update: int) -> bytes:
 @settings(max_examples=150)
 @given(
     HISTORY, st.integers(1, 8), st.integers(1, 4), st.sampled_from([2, PER_ROUND, 9]),
-    st.sampled_from(["constant", "inverse"]), st.booleans(),
+    st.sampled_from(["constant", "inverse"]), st.booleans(), LOSSES,
 )  # fmt: skip
-@example([("silence", 0)] * 4 + [("die", 0), ("twice", 1), ("join", 0)], 2, 1, 2, "inverse", True)
+@example([("silence", 0)] * 4 + [("die", 0), ("twice", 1), ("join", 0)], 2, 1, 2, "inverse", True, [1, 0])
 def test_every_history_is_written_down_and_uses_each_microbatch_once(
-    script: list[tuple[str, int]], workers: int, bound: int, per_update: int, weighting: Any, evaluate: bool
-) -> None:
+    script: list[tuple[str, int]], workers: int, bound: int, per_update: int, weighting: Any, evaluate: bool,
+    losses: list[int],
+) -> None:  # fmt: skip
     steps = 4
-    backend, flow = Moving(script, workers), Flow(4 * per_update, per_update, bound, weighting)
+    backend, flow = Moving(script, workers, losses=losses), Flow(4 * per_update, per_update, bound, weighting)
     results = train(backend, flow, steps, evaluate=evaluate)
     used = [a.microbatch for r in results for a in r.applied]
     assert sorted(used) == list(range(steps * per_update))

@@ -29,16 +29,20 @@ class Scripted:
         script: what each call of ``wait`` does, with a number that picks whom; then everyone answers.
         workers: ready at the start.
         bad: numbers of episodes whose loss is not finite.
+        losses: of each time that gradients are waited for, which third of them is lost.
     """
 
     def __init__(
-        self, script: Sequence[tuple[str, int]] = (), workers: int = 3, bad: Sequence[int] = (), heirs: bool = True
-    ) -> None:
+        self, script: Sequence[tuple[str, int]] = (), workers: int = 3, bad: Sequence[int] = (), heirs: bool = True,
+        losses: Sequence[int] = (),
+    ) -> None:  # fmt: skip
         self.script, self.bad, self.heirs = list(script), set(bad), heirs
         self.ready, self.starting, self.next_worker = list(range(workers)), [], workers
         self.pending: list[tuple[int, Lease]] = []
         self.leases: list[tuple[int, Lease]] = []
         self.answers: dict[int, dict[Block, np.ndarray]] = {}
+        self.accepted: list[Any] = []
+        self.losses = list(losses)
         self.now, self.waits = 0.0, 0
         options = OuterConfig(optimizer="sgd", lr=0.1, steps=10, meta_batch_size=TASKS).model_dump()
         self.server = ParameterServer(np.linspace(-1, 1, 5, dtype=np.float32), options)
@@ -81,10 +85,20 @@ class Scripted:
         return Died(worker, reason)
 
     def accept(self, lease: Lease, version: int, count: int, slot: int | None = None, weight: float = 1.0) -> None:
-        self.server.add(version, count, placed(self.answers.pop(lease.number), slot, weight))
+        self.accepted.append((lease, version, count, placed(self.answers.pop(lease.number), slot, weight)))
 
     def drop(self, lease: Lease) -> None:
         self.answers.pop(lease.number, None)
+
+    def settle(self) -> list[Lease]:
+        pick, lost = (self.losses.pop(0) if self.losses else None), []
+        for i, (lease, *message) in enumerate(self.accepted):
+            if pick is not None and i % 3 == pick % 3:
+                lost.append(lease)
+            else:
+                self.server.add(*message)
+        self.accepted = []
+        return lost
 
     def commit(self, version: int, tasks: float, slots: Sequence[int] | None = None) -> dict[str, float]:
         return self.server.commit(version, tasks, slots=slots)[1]
@@ -142,16 +156,19 @@ def train(backend: Scripted, steps: int = 3) -> tuple[bytes, list[RoundResult], 
     return backend.server.weights().tobytes(), results, driver
 
 
+LOSSES = st.lists(st.integers(0, 2), max_size=4)
 HISTORY = st.lists(st.tuples(st.sampled_from(FAULTS), st.integers(0, 20)), max_size=60)
 
 
 @settings(deadline=None, max_examples=150)
-@given(HISTORY, st.integers(1, 8))
-@example([("silence", 0)] * 4 + [("die after sending", 0), ("twice", 1), ("join", 0)], 2)
-@example([("die", 0)] * 5, 1)
-def test_no_history_changes_the_weights_or_the_metrics(script: list[tuple[str, int]], workers: int) -> None:
+@given(HISTORY, st.integers(1, 8), LOSSES)
+@example([("silence", 0)] * 4 + [("die after sending", 0), ("twice", 1), ("join", 0)], 2, [1])
+@example([("die", 0)] * 5, 1, [])
+def test_no_history_changes_the_weights_or_the_metrics(
+    script: list[tuple[str, int]], workers: int, losses: list[int]
+) -> None:
     wanted, plain, _ = train(Scripted(workers=1))
-    backend = Scripted(script, workers)
+    backend = Scripted(script, workers, losses=losses)
     weights, results, _ = train(backend)
     assert weights == wanted
     for version, (got, reference) in enumerate(zip(results, plain, strict=True)):
@@ -162,7 +179,7 @@ def test_no_history_changes_the_weights_or_the_metrics(script: list[tuple[str, i
 def test_the_property_would_see_another_order_of_the_sum() -> None:
     wanted, other = train(Scripted())[0], Scripted()
     first, *rest = [gradient(training_round(0), m) for m in range(6)]
-    other.server.add(0, 6, {Block(3, 0): sum(rest, first)})
+    other.server.add(0, 6, {Block(3, 0): sum(rest, first)})  # covers what comes later
     assert train(other)[0] != wanted
 
 
@@ -182,6 +199,14 @@ def test_a_death_in_the_middle_is_told_and_its_work_leased_again() -> None:
     assert told == ["worker 1 died (killed); 3 microbatches go to others", "worker 2 joined"]
     assert [(w, lease.start, lease.stop) for w, lease in backend.leases] == [(0, 0, 3), (1, 3, 6), (0, 3, 6)]
     assert set(result.worker_s) == {0} and driver.releases == 1
+
+
+def test_gradients_that_are_lost_with_their_node_are_told_and_computed_again() -> None:
+    told: list[str] = []
+    backend = Scripted(workers=3, losses=[0])
+    result = controller(backend, on_event=told.append).run(training_round(0))
+    assert told == ["the gradients of 1 leases were lost with a node; they are computed again"]
+    assert len(backend.leases) > 3 and result.metrics["number"].tolist() == list(range(TASKS))
 
 
 def test_a_joiner_takes_leases_in_the_same_round() -> None:
@@ -287,11 +312,11 @@ def test_workers_of_one_speed_never_do_anything_twice() -> None:
     assert releases == 0 and max(taken[2:]) <= 0.25
 
 
-@given(HISTORY, st.integers(1, 8), st.sampled_from([0.2, 0.5, 0.99]))
+@given(HISTORY, st.integers(1, 8), st.sampled_from([0.2, 0.5, 0.99]), LOSSES)
 def test_with_a_quorum_an_update_is_made_of_what_has_come_and_says_so(
-    script: list[tuple[str, int]], workers: int, quorum: float
+    script: list[tuple[str, int]], workers: int, quorum: float, losses: list[int]
 ) -> None:
-    backend = Scripted(script, workers)
+    backend = Scripted(script, workers, losses=losses)
     driver = controller(backend, quorum=quorum)
     wanted = Scripted().server
     for version in range(3):
@@ -312,10 +337,11 @@ def test_with_a_quorum_an_update_is_made_of_what_has_come_and_says_so(
 
 def test_a_quorum_does_not_wait_for_the_silent() -> None:
     backend = Scripted([("answer", 1), ("answer", 1)], workers=3)
-    result = controller(backend, quorum=0.6).run(training_round(0))
+    driver = controller(backend, quorum=0.6)
+    result = driver.run(training_round(0))
     assert result.left_out == [0, 1] and backend.now == 0.0
     # An evaluation needs all of it; the silent one is at the old round and the others do it.
-    judged = controller(backend, quorum=0.6).run(Round("evaluate", 1, "test", "evaluation/test", 0, 7, 3))
+    judged = driver.run(Round("evaluate", 1, "test", "evaluation/test", 0, 7, 3))
     assert judged.metrics["number"].tolist() == list(range(7)) and not judged.left_out
 
 

@@ -30,9 +30,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # for tools.bench, from wherever this is run, and for the workers
 
 from metadist.config.schema import RuntimeConfig  # noqa: E402
+from metadist.runtime.cluster import connect  # noqa: E402
 from metadist.runtime.leases import equal_shares  # noqa: E402
 from metadist.runtime.pace import Pace  # noqa: E402
-from metadist.runtime.ray import connect  # noqa: E402
 from tools.bench._tables import keep_rows, show_table  # noqa: E402
 from tools.bench.distribution_parts.emulated import EmulatedRun, OneSlowWorker  # noqa: E402
 from tools.bench.distribution_parts.simulator import Costs, simulated_step  # noqa: E402

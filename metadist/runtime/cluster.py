@@ -1,0 +1,130 @@
+"""The Ray cluster a run is on: joined or started here, what it has, which of its nodes are about to go."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from metadist.config.schema import RuntimeConfig, WorkersRange
+from metadist.errors import ClusterError, first_line
+from metadist.runtime.backend import ALLOCATOR
+
+_CONNECT_TIMEOUT_S = 20.0
+
+
+def connect(runtime: RuntimeConfig) -> bool:
+    """Joins the cluster the config names, or starts one on this machine; True if it was started here."""
+    if ray.is_initialized():
+        return False
+    environment = {
+        "GLIBC_TUNABLES": ALLOCATOR,
+        "OMP_NUM_THREADS": str(runtime.threads_per_worker),
+        "PYTHONPATH": os.pathsep.join(dict.fromkeys([os.getcwd(), *filter(None, sys.path)])),
+    }
+    common: dict[str, Any] = {
+        "logging_level": logging.ERROR,
+        "log_to_driver": runtime.worker_logs,
+        "configure_logging": True,
+    }
+    if runtime.address is None:
+        workers = _local_workers(runtime)
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            num_cpus=max(workers * runtime.threads_per_worker, 1),
+            runtime_env={"env_vars": environment},
+            **common,
+        )
+        _protect_token()
+        return True
+    _check_reachable(runtime.address)
+    del environment["PYTHONPATH"]
+    try:
+        ray.init(address=runtime.address, runtime_env={"env_vars": environment}, **common)
+    except (ConnectionError, RuntimeError, ValueError, RayError) as e:
+        raise _unreachable(runtime.address, first_line(e)) from e
+    return True
+
+
+def plan_workers(runtime: RuntimeConfig, resources: dict[str, float]) -> tuple[int, float]:
+    """How many workers, and how many GPUs for each, on a cluster with ``resources``.
+
+    Of a range it is the most: on a cluster, room for them may come later; on this machine alone it will not.
+
+    Raises:
+        ClusterError: it has not the GPUs or CPUs that the config asks for.
+    """
+    cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+    each = (1.0 if gpus >= 1 else 0.0) if runtime.gpus_per_worker == "auto" else float(runtime.gpus_per_worker)
+    fit = int(gpus / each) if each else int(cpus // runtime.threads_per_worker)
+    if isinstance(runtime.workers, WorkersRange):
+        return _as_many_as_here(runtime.workers, fit) if runtime.address is None else runtime.workers.max, each
+    workers = max(1, fit) if runtime.workers == "auto" else runtime.workers
+    if each and fit < workers:
+        raise ClusterError(
+            "runtime.gpus_per_worker",
+            f"{workers} workers with {each:g} GPUs each need {workers * each:g}, the cluster has {gpus:g}",
+            "lower runtime.workers or runtime.gpus_per_worker (fractions share a GPU), or write gpus_per_worker: 0",
+        )
+    if runtime.address is not None and cpus < workers * runtime.threads_per_worker:
+        raise ClusterError(
+            "runtime.workers",
+            f"{workers} workers need {workers * runtime.threads_per_worker} CPUs, the cluster has {cpus:g}",
+            "lower runtime.workers or write auto",
+        )
+    return workers, each
+
+
+def _local_workers(runtime: RuntimeConfig) -> int:
+    fit = max(1, (os.cpu_count() or 1) // runtime.threads_per_worker)
+    if isinstance(runtime.workers, WorkersRange):
+        return _as_many_as_here(runtime.workers, fit)
+    return fit if runtime.workers == "auto" else runtime.workers
+
+
+def _as_many_as_here(wanted: WorkersRange, fit: int) -> int:
+    return max(wanted.min, min(wanted.max, fit))
+
+
+def draining_nodes() -> set[str]:
+    """Ids of the nodes that take nothing new and will be gone: drained by an autoscaler, a preemption or a person."""
+    # Ray has no public way to ask; this is what Ray Train does.
+    from ray._private.state import state
+
+    return set(state.get_draining_nodes())
+
+
+def _check_reachable(address: str) -> None:
+    """Fails within seconds where Ray's own client would retry for minutes."""
+    if address == "auto" or "://" in address or ":" not in address:
+        return
+    import socket
+
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
+    except (OSError, ValueError) as e:
+        raise _unreachable(address, str(e)) from e
+
+
+def _unreachable(address: str, why: str) -> ClusterError:
+    return ClusterError(
+        "runtime.address",
+        f"no Ray cluster answers at {address} ({why})",
+        "check the address, start a head with `ray start --head`, or write address: null to start one here",
+    )
+
+
+def _protect_token() -> None:
+    """Ray writes the cluster's access token readable by every user of the machine."""
+    with contextlib.suppress(OSError):
+        token = Path.home() / ".ray" / "auth_token"
+        if token.exists():
+            token.chmod(0o600)

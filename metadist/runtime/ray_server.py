@@ -1,0 +1,254 @@
+"""The parameter server as Ray actors: its shards, and sums that are made on the nodes where gradients are.
+
+What is sent to it goes by reference, from where it was computed; the driver holds references alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import ray
+from ray import ObjectRef
+from ray.actor import ActorHandle
+from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from metadist.config.schema import RuntimeConfig, WorkersRange
+from metadist.errors import ClusterError, first_line
+from metadist.outer.gradient import Block, TreeSum, placed
+from metadist.outer.partition import cut, joined_snapshot, part_of_options, part_of_snapshot
+from metadist.outer.update import norm_of
+from metadist.server import ParameterServer
+from metadist.worker import Lease
+
+
+@ray.remote
+class _Shard:
+    def __init__(self, snapshot: dict[str, Any], options: dict[str, Any], threads: int) -> None:
+        self._server = ParameterServer.at(snapshot, options, threads)
+
+    def weights(self) -> np.ndarray:
+        return self._server.weights()
+
+    def version(self) -> int:
+        return self._server.version
+
+    def retract(self, slot: int) -> None:
+        self._server.retract(slot)
+
+    def add(self, version: int, count: int, blocks: dict[Block, np.ndarray], slot: int | None, weight: float) -> int:
+        return self._server.add(version, count, placed(blocks, slot, weight))
+
+    def squares(self, version: int, tasks: float, slots: Sequence[int] | None) -> list[float]:
+        return self._server.squares(version, tasks, slots)
+
+    def commit(
+        self, version: int, tasks: float, norm: float | None, slots: Sequence[int] | None
+    ) -> tuple[np.ndarray, dict[str, float]]:
+        return self._server.commit(version, tasks, norm, slots)
+
+    def snapshot(self) -> dict[str, Any]:
+        return self._server.snapshot()
+
+
+@ray.remote
+class _NodeSum:
+    """Sums what the workers of its node have computed, so that one sum leaves the node instead of one from each."""
+
+    def __init__(self) -> None:
+        self._version = -1
+        self._sums: list[TreeSum] = []
+
+    def add(self, version: int, count: int, *parts: dict[Block, np.ndarray]) -> None:
+        """Takes a lease's gradients, one of ``parts`` for each shard of the server."""
+        if version != self._version:
+            self._version, self._sums = version, [TreeSum(count) for _ in parts]
+        for tree, blocks in zip(self._sums, parts, strict=True):
+            for block, value in blocks.items():
+                tree.add(block, value)
+
+    def give(self, version: int) -> Any:
+        """What has come so far, summed as far as it goes: for each shard of the server. It is let go."""
+        if version != self._version:
+            raise ValueError(f"asked for the sums of version {version}, but version {self._version} is here")
+        sums, self._sums, self._version = self._sums, [], -1
+        return tuple(tree.held() for tree in sums) if len(sums) > 1 else sums[0].held()
+
+
+@dataclass
+class _Sent:
+    """Messages on their way, and the leases whose gradients are in them."""
+
+    refs: list[ObjectRef]
+    leases: list[Lease]
+    slot: int | None = None
+
+
+@dataclass
+class _Gathering:
+    """A node's sums, and the leases that are in them and have not left the node."""
+
+    actor: ActorHandle
+    leases: list[Lease] = field(default_factory=list)
+    version: int = 0
+    count: int = 0
+
+
+class RayServer:
+    """Shards of a parameter server on a cluster, as one.
+
+    Args:
+        snapshot, outer: as of :meth:`metadist.runtime.backend.Backend.start`.
+        runtime: how many shards, and their threads.
+
+    ``weights`` are references to the present version's weights, one for each of ``cuts`` of the flat vector.
+    """
+
+    def __init__(self, snapshot: dict[str, Any], outer: dict[str, Any], runtime: RuntimeConfig) -> None:
+        self.cuts = cut(outer["sizes"], runtime.server_shards)
+        self._sent: list[_Sent] = []
+        self._node_sums: dict[str, _Gathering] = {}
+        # Shards compute nothing to speak of but move much: each on another node, as far as there are nodes. Where nodes
+        # come and go they stay on the driver's, without which the run would end anyway.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        spread = len(self.cuts) > 1 and not isinstance(runtime.workers, WorkersRange)
+        where = {"num_cpus": 0, "max_restarts": 0, "scheduling_strategy": "SPREAD" if spread else here}
+        self._shards: list[ActorHandle] = []
+        for a, z in self.cuts:
+            part, options = part_of_snapshot(snapshot, a, z), part_of_options(outer, a, z)
+            made = _Shard.options(**where).remote(part, options, runtime.threads_per_worker)  # type: ignore[attr-defined]
+            self._shards.append(made)
+        self.weights: list[ObjectRef] = [shard.weights.remote() for shard in self._shards]
+
+    def add(
+        self,
+        lease: Lease,
+        version: int,
+        count: int,
+        parts: Sequence[ObjectRef],
+        slot: int | None = None,
+        weight: float = 1.0,
+    ) -> None:
+        """Sends each shard its part of a lease's gradients; the rest as of ``Backend.accept``."""
+        self._send(parts, [lease], version, count, slot, weight)
+
+    def add_on_node(self, node: str, lease: Lease, version: int, count: int, parts: Sequence[ObjectRef]) -> None:
+        """Sends a lease's gradients to the sums of the node they are on, which go on with :meth:`pass_on`."""
+        if node not in self._node_sums:
+            on_it = NodeAffinitySchedulingStrategy(node, soft=False)
+            made = _NodeSum.options(num_cpus=0, max_restarts=0, scheduling_strategy=on_it).remote()  # type: ignore[attr-defined]
+            self._node_sums[node] = _Gathering(made)
+        gathering = self._node_sums[node]
+        gathering.version, gathering.count = version, count
+        gathering.leases.append(lease)
+        self._sent.append(_Sent([gathering.actor.add.remote(version, count, *parts)], [lease]))
+
+    def pass_on(self, node: str) -> None:
+        """Sends the server what a node has summed."""
+        gathering = self._node_sums[node]
+        if not gathering.leases:
+            return
+        leases, gathering.leases = gathering.leases, []
+        given: Any = gathering.actor.give.options(num_returns=len(self._shards)).remote(gathering.version)
+        parts = list(given) if len(self._shards) > 1 else [given]
+        self._send(parts, leases, gathering.version, gathering.count)
+
+    def settle(self) -> list[Lease]:
+        """See :meth:`metadist.runtime.backend.Backend.settle`."""
+        for node in self._node_sums:
+            self.pass_on(node)
+        sent, self._sent = self._sent, []
+        lost: dict[int, Lease] = {}
+        for message in sent:
+            if self._failed(message):
+                lost |= {lease.number: lease for lease in message.leases}
+                if message.slot is not None:
+                    # Some shards may have it, and another gradient will take its place.
+                    self._got([s.retract.remote(message.slot) for s in self._shards])
+        if lost:
+            self._node_sums.clear()
+        return [lost[number] for number in sorted(lost)]
+
+    def commit(self, version: int, tasks: float, slots: Sequence[int] | None = None) -> dict[str, float]:
+        """See :meth:`metadist.runtime.backend.Backend.commit`."""
+        norm = None
+        if len(self._shards) > 1:
+            squares = [s.squares.remote(version, tasks, slots) for s in self._shards]
+            norm = norm_of(itertools.chain(*self._got(squares)))
+        made: list[Any] = [s.commit.options(num_returns=2).remote(version, tasks, norm, slots) for s in self._shards]
+        result: dict[str, float] = self._got([stats for _, stats in made])[0]
+        self.weights = [weights for weights, _ in made]
+        return result
+
+    def snapshot(self) -> dict[str, Any]:
+        """Of all shards at one version."""
+        # A consistent cut: calls of one caller are in order, and none commits in between.
+        return joined_snapshot(self._got([s.snapshot.remote() for s in self._shards]))
+
+    def close(self) -> None:
+        """Ends the actors."""
+        for actor in [*(g.actor for g in self._node_sums.values()), *self._shards]:
+            kill(actor)
+
+    def _failed(self, message: _Sent) -> bool:
+        """Whether gradients were lost before they came to the server; raises if the server is."""
+        for ref in message.refs:
+            try:
+                ray.get(ref)
+            except RayTaskError as e:
+                if not isinstance(cause_of(e), RayError):
+                    raise cause_of(e) from e
+                return True
+            except RayError:
+                self._got([s.version.remote() for s in self._shards])
+                return True
+        return False
+
+    def _send(
+        self,
+        parts: Sequence[ObjectRef],
+        leases: list[Lease],
+        version: int,
+        count: int,
+        slot: int | None = None,
+        weight: float = 1.0,
+    ) -> None:
+        adding: list[ObjectRef] = [
+            shard.add.remote(version, count, part, slot, weight)
+            for shard, part in zip(self._shards, parts, strict=True)
+        ]
+        self._sent.append(_Sent(adding, leases, slot))
+
+    def _got(self, refs: Any) -> Any:
+        try:
+            return ray.get(refs)
+        except RayTaskError as e:
+            raise cause_of(e) from e
+        except RayError as e:
+            raise server_is_gone(e) from e
+
+
+def server_is_gone(error: RayError) -> ClusterError:
+    """The error of a run whose server, or the weights on its node, cannot be reached any more."""
+    return ClusterError(
+        "parameter server",
+        f"is gone ({first_line(error).split('. ')[0]})",
+        "go on from the last checkpoint with `metadist resume`",
+    )
+
+
+def cause_of(error: RayTaskError) -> BaseException:
+    """The error as it was raised in the actor."""
+    cause = error.cause if isinstance(getattr(error, "cause", None), BaseException) else None
+    return cause if cause is not None else error
+
+
+def kill(actor: ActorHandle) -> None:
+    """Ends an actor, whatever state it is in."""
+    with contextlib.suppress(Exception):
+        ray.kill(actor)
