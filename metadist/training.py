@@ -100,6 +100,10 @@ def open_backend(experiment: Experiment) -> Backend:
     """Where the config's ``runtime`` section puts workers and server."""
     if experiment.config.runtime.type == "local":
         return LocalBackend(experiment)
+    if experiment.config.runtime.topology != "server":
+        from metadist.runtime.ray_allreduce import AllReduceBackend
+
+        return AllReduceBackend(experiment)
     from metadist.runtime.ray import RayBackend
 
     return RayBackend(experiment)
@@ -177,6 +181,10 @@ class _Training:
                 self.trackers.message(f"passed over a damaged checkpoint: {fault}")
             for line in self._about_the_engine():
                 self.trackers.message(line)
+            if self.config.runtime.type == "ray" and self.config.runtime.topology == "allreduce_unordered":
+                self.trackers.message(
+                    "gradients are added in any order: this run is not reproducible (runtime.topology=allreduce is)"
+                )
             self.controller = self._controller(snapshot["version"])
             if not resumed:
                 self._checkpoint(snapshot)

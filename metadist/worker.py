@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -121,6 +121,13 @@ class Report:
     bad_tasks: list[int] = field(default_factory=list)
     memory: int = 0
     programs: int = 0
+
+
+class LeaseWorker(Protocol):
+    """What computes leases in a worker's process: :class:`MetaWorker`, or what stands in for it."""
+
+    def compute(self, lease: Lease, weights: Sequence[np.ndarray]) -> tuple[Report, dict[Block, np.ndarray]]:
+        """See :meth:`metadist.worker.MetaWorker.compute`."""
 
 
 class MetaWorker:

@@ -282,6 +282,12 @@ class RuntimeConfig(Section):
     address: str | None = Field(
         None, description="a running cluster (auto, HOST:PORT, ray://...); null: start one here"
     )
+    topology: Literal["server", "allreduce", "allreduce_unordered"] = Field(
+        "server",
+        description="who makes the update: a parameter server; or the workers between them, by torch.distributed, "
+        "for a fixed number of them (when one dies the run ends, and is resumed): in the server's order, with the same "
+        "bits, or in any order, which is not reproducible",
+    )
     server_shards: Positive = Field(
         1, description="actors that the parameter server is cut into, for models of 100 MB and more; changes no bit"
     )
@@ -321,6 +327,14 @@ class RuntimeConfig(Section):
                 "microbatches_per_update needs max_staleness above 0; for smaller updates that wait for all of it "
                 "lower outer.meta_batch_size"
             )
+        if self.topology != "server":
+            for name, off in {"max_staleness": 0, "node_sums": False, "server_shards": 1}.items():
+                if getattr(self, name) != off:
+                    raise ValueError(f"{name} is for topology: server; write {name}: {str(off).lower()}")
+            if isinstance(self.workers, WorkersRange):
+                raise ValueError("an all-reduce run has a fixed number of workers; write one, or topology: server")
+        if self.topology == "allreduce_unordered" and self.quorum < 1:
+            raise ValueError("quorum needs an order; write topology: allreduce or server, or quorum: 1.0")
         if self.node_sums and self.max_staleness:
             raise ValueError(
                 "node_sums is for updates that wait for their meta-batch; write false, or max_staleness: 0"

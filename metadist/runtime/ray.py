@@ -7,15 +7,13 @@ so that nothing runs twice behind the controller's back.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import ray
-import torch
 from ray import ObjectRef
 from ray.actor import ActorHandle
 from ray.exceptions import ActorDiedError, RayError, RayTaskError
@@ -27,17 +25,15 @@ from metadist.outer.gradient import Block
 from metadist.runtime.backend import Computed, Died, Event, Joined, Left
 from metadist.runtime.cluster import connect, draining_nodes, plan_workers
 from metadist.runtime.ray_server import RayServer, cause_of, kill, server_is_gone
-from metadist.worker import Lease, MetaWorker, Report
+from metadist.worker import Lease, LeaseWorker, MetaWorker, Report
 
 _START_TIMEOUT_S = 300.0
 _MEMBERSHIP_S = 1.0
 
 
-class LeaseWorker(Protocol):
-    """What computes leases in a worker's process: :class:`metadist.worker.MetaWorker`, or what stands in for it."""
-
-    def compute(self, lease: Lease, weights: Sequence[np.ndarray]) -> tuple[Report, dict[Block, np.ndarray]]:
-        """See :meth:`metadist.worker.MetaWorker.compute`."""
+def node_of_this_process() -> str:
+    """The id of the cluster's node that this process is on."""
+    return str(ray.get_runtime_context().get_node_id())
 
 
 MakeWorker = Callable[[Experiment, str], LeaseWorker]
@@ -51,8 +47,7 @@ class _Worker:
     def ready(self) -> dict[str, Any]:
         # Not in the constructor, whose errors reach the driver as text alone.
         self._worker = self._make(self._experiment, self._device)
-        node = ray.get_runtime_context().get_node_id()
-        return {"pid": os.getpid(), "node": node, "torch": torch.__version__, "threads": torch.get_num_threads()}
+        return {"node": node_of_this_process()}
 
     def compute(
         self, lease: Lease, cuts: list[tuple[int, int]], *weights: np.ndarray
@@ -88,6 +83,8 @@ class RayBackend:
         ClusterError: the cluster cannot be reached or has not the GPUs asked for.
     """
 
+    _kind: Any = _Worker
+
     def __init__(self, experiment: Experiment, make_worker: MakeWorker = MetaWorker) -> None:
         self._experiment, self._make_worker = experiment, make_worker
         self._runtime = experiment.config.runtime
@@ -107,9 +104,12 @@ class RayBackend:
     def start(self, snapshot: dict[str, Any], outer: dict[str, Any]) -> None:
         self._experiment_ref = ray.put(self._experiment)
         self._server = RayServer(snapshot, outer, self._runtime)
+        self._begin(self._runtime.workers.min if isinstance(self._runtime.workers, WorkersRange) else 1)
+
+    def _begin(self, wanted: int) -> None:
+        """Asks for all workers, and waits until ``wanted`` of them are ready."""
         for _ in range(self._workers):
             self._hire()
-        wanted = self._runtime.workers.min if isinstance(self._runtime.workers, WorkersRange) else 1
         there, since = 0, time.monotonic()
         while there < wanted:
             if time.monotonic() - since > _START_TIMEOUT_S:
@@ -131,10 +131,14 @@ class RayBackend:
 
     def lease(self, worker: int, lease: Lease) -> None:
         handle = self._handles[worker]
-        cuts, weights = self.server.cuts, self.server.weights
-        refs: list[ObjectRef] = handle.actor.compute.options(num_returns=1 + len(cuts)).remote(lease, cuts, *weights)
-        report, *gradients = refs
+        report, *gradients = self._ask(handle.actor, lease)
         handle.answers[report] = (lease, gradients)
+
+    def _ask(self, actor: ActorHandle, lease: Lease) -> list[ObjectRef]:
+        """References to the report, and to what is for each shard of the server."""
+        cuts, weights = self.server.cuts, self.server.weights
+        refs: list[ObjectRef] = actor.compute.options(num_returns=1 + len(cuts)).remote(lease, cuts, *weights)
+        return refs
 
     def wait(self, timeout: float) -> list[Event]:
         arrived = self._arrived(timeout)
@@ -217,7 +221,7 @@ class RayBackend:
             "max_task_retries": 0,
         }
         device = "cuda" if self._gpus else "cpu"
-        actor = _Worker.options(**options).remote(self._experiment_ref, device, self._make_worker)  # type: ignore[attr-defined]
+        actor = self._kind.options(**options).remote(self._experiment_ref, device, self._make_worker)
         self._handles[self._next_worker] = _Handle(actor, actor.ready.remote())
         self._next_worker += 1
 

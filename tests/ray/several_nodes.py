@@ -87,9 +87,11 @@ class Updates:
 
     def __init__(self, address: str, **runtime: Any) -> None:
         from metadist.runtime.ray import RayBackend
+        from metadist.runtime.ray_allreduce import AllReduceBackend
 
         experiment, outer, snapshot = settings(address=address, **runtime)
-        self.backend, self.version = RayBackend(experiment, Worker), 0
+        kind = AllReduceBackend if runtime.get("topology") == "allreduce" else RayBackend
+        self.backend, self.version = kind(experiment, Worker), 0
         self.told: list[str] = []
         self.events: list[str] = []
         self.backend.start(snapshot, outer)
@@ -234,15 +236,18 @@ def histories(seeds: Sequence[int]) -> dict[str, Any]:
         for seed in seeds:
             rng = np.random.default_rng(seed)
             most = int(rng.integers(1, 5))
-            drawn = {"workers": {"min": int(rng.integers(1, most + 1)), "max": most},
-                     "server_shards": int(rng.integers(1, 4)), "node_sums": bool(rng.integers(2))}  # fmt: skip
+            drawn: dict[str, Any] = {"workers": {"min": int(rng.integers(1, most + 1)), "max": most}}
+            drawn |= {"server_shards": int(rng.integers(1, 4)), "node_sums": bool(rng.integers(2))}
+            fixed = rng.random() < 0.25
+            if fixed:
+                drawn = {"workers": most, "topology": "allreduce"}
             updates = Updates(nodes.address, **drawn)
             twice = bool(rng.integers(2))
             if twice:
                 updates.controller._patience = lambda lease: 0.0  # type: ignore[method-assign]
             killed = 0
             for _ in range(5):
-                if rng.random() < 0.3:
+                if rng.random() < 0.3 and not fixed:
                     killed += 1
                     someone = int(rng.choice(updates.backend.workers()))
                     updates.step(meanwhile=functools.partial(kill_worker, updates, someone))

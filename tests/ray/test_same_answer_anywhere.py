@@ -201,6 +201,7 @@ def a_worker_of(driver: int) -> int:
             pid = parent[pid]
         return pid == str(driver)
 
-    found = [int(pid) for pid, _, args in rows if "ray::_Worker" in args and descends(pid)]
+    kinds = ("ray::_Worker", "ray::_Member")
+    found = [int(pid) for pid, _, args in rows if args.startswith(kinds) and descends(pid)]
     assert found, "no worker process was found"
     return found[0]

@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 
 def happened(*words: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "tests.ray.several_nodes", *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=800, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -31,6 +31,7 @@ def test_nodes_that_join_are_drained_and_die_change_nothing() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_gradients_lost_with_their_node_are_computed_again() -> None:
     for told in happened("lost_on_the_way").values():
         assert told["told"] == told["undisturbed"]
@@ -38,9 +39,10 @@ def test_gradients_lost_with_their_node_are_computed_again() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_any_history_gives_the_same_bits() -> None:
     told = happened("histories", *map(str, range(12)))
     for history in told["histories"]:
         assert history["told"] == told["undisturbed"], history
-    assert len({h["server_shards"] for h in told["histories"]}) == 3
+    assert {h.get("server_shards") for h in told["histories"]} == {1, 2, 3, None}, "all-reduce has no shards"
     assert any(h["killed"] for h in told["histories"]) and any(h["second_leases"] for h in told["histories"])

@@ -1,0 +1,166 @@
+"""An all-reduce run over Ray: the workers hold the parameter server between them, and exchange by torch.distributed.
+
+For fixed membership: when a worker dies the run ends, and is resumed from its last checkpoint, with as many workers as
+there are then.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray import ObjectRef
+from ray.actor import ActorHandle
+from ray.exceptions import RayError, RayTaskError
+
+from metadist.allreduce import Member, Update, join
+from metadist.errors import ClusterError, first_line
+from metadist.experiment import Experiment
+from metadist.outer.partition import joined_snapshot
+from metadist.runtime.backend import Died, Event
+from metadist.runtime.ray import MakeWorker, RayBackend, node_of_this_process
+from metadist.runtime.ray_server import cause_of
+from metadist.worker import Lease, Report
+
+_RESUME = "go on from the last checkpoint with `metadist resume`; runtime.topology=server replaces workers that die"
+
+
+@ray.remote
+class _Member:
+    def __init__(self, experiment: Experiment, device: str, make: MakeWorker) -> None:
+        self._experiment, self._device, self._make = experiment, device, make
+
+    def ready(self) -> dict[str, Any]:
+        self._worker = self._make(self._experiment, self._device)
+        return {"node": node_of_this_process()}
+
+    def meeting_place(self) -> tuple[str, int]:
+        """An address of this process's node, and a port that is free there."""
+        host = ray.util.get_node_ip_address()
+        with socket.socket() as s:
+            s.bind((host, 0))
+            return host, int(s.getsockname()[1])
+
+    def join(
+        self,
+        place: tuple[str, int],
+        rank: int,
+        world: int,
+        snapshot: dict[str, Any],
+        outer: dict[str, Any],
+        ordered: bool,
+        timeout_s: float,
+    ) -> None:
+        join(*place, rank, world, timeout_s)
+        self._member = Member(self._worker, snapshot, outer, rank, world, ordered)
+
+    def compute(self, lease: Lease) -> Report:
+        return self._member.compute(lease)
+
+    def drop(self, number: int) -> None:
+        self._member.drop(number)
+
+    def update(self, update: Update) -> dict[str, float]:
+        return self._member.update(update)
+
+    def snapshot(self) -> dict[str, Any] | None:
+        return self._member.snapshot()
+
+
+class AllReduceBackend(RayBackend):
+    """``runtime.workers`` workers on a Ray cluster, each with a part of the parameter server.
+
+    Args:
+        experiment, make_worker: as of :class:`RayBackend`.
+
+    Raises:
+        ClusterError: the cluster cannot be reached or has not the GPUs asked for.
+    """
+
+    _kind: Any = _Member
+
+    def __init__(self, experiment: Experiment, *rest: Any) -> None:
+        self._ranks: list[int] = []
+        self._accepted: list[list[Lease]] = []
+        self._holders: dict[int, int] = {}
+        self._count = 0
+        super().__init__(experiment, *rest)
+
+    def start(self, snapshot: dict[str, Any], outer: dict[str, Any]) -> None:
+        self._experiment_ref = ray.put(self._experiment)
+        self._begin(self._workers)
+        ranks = self.workers()
+        actors = [self._handles[n].actor for n in ranks]
+        place = self._got([actors[0].meeting_place.remote()])[0]
+        shared, ordered = ray.put(snapshot), self._runtime.topology == "allreduce"
+        self._got([
+            actor.join.remote(place, rank, len(actors), shared, outer, ordered, self._runtime.lease_timeout_s)
+            for rank, actor in enumerate(actors)
+        ])  # fmt: skip
+        self._ranks, self._accepted = ranks, [[] for _ in ranks]
+
+    def accept(self, lease: Lease, version: int, count: int, slot: int | None = None, weight: float = 1.0) -> None:
+        assert slot is None and weight == 1.0, "an all-reduce run waits for its meta-batch"
+        self._answered.pop(lease.number)
+        self._accepted[self._ranks.index(self._holders.pop(lease.number))].append(lease)
+        self._count = count
+
+    def drop(self, lease: Lease) -> None:
+        self._answered.pop(lease.number, None)
+        self._handles[self._holders.pop(lease.number)].actor.drop.remote(lease.number)
+
+    def settle(self) -> list[Lease]:
+        return []  # gradients go with the update
+
+    def commit(self, version: int, tasks: float, slots: Sequence[int] | None = None) -> dict[str, float]:
+        update = Update(version, self._count, tasks, slots, self._accepted)
+        self._accepted = [[] for _ in self._ranks]
+        told = self._got([self._handles[n].actor.update.remote(update) for n in self._ranks])
+        return next(stats for stats in told if stats)
+
+    def snapshot(self) -> dict[str, Any]:
+        parts = self._got([self._handles[n].actor.snapshot.remote() for n in self._ranks])
+        if self._runtime.topology != "allreduce":
+            return dict(parts[0])  # all have the whole of it
+        return joined_snapshot([part for part in parts if part is not None])
+
+    def describe(self) -> dict[str, Any]:
+        told = {**super().describe(), "topology": self._runtime.topology}
+        del told["server_shards"]
+        return told
+
+    def lease(self, worker: int, lease: Lease) -> None:
+        super().lease(worker, lease)
+        self._holders[lease.number] = worker
+
+    def _ask(self, actor: ActorHandle, lease: Lease) -> list[ObjectRef]:
+        return [actor.compute.remote(lease)]
+
+    def _leave(self) -> list[Event]:
+        return []
+
+    def _replace(self, number: int, reason: str, expected: bool = False) -> Died:
+        if not self._ranks:
+            return super()._replace(number, reason, expected)
+        raise ClusterError("runtime", f"worker {number} is gone ({reason}), and an all-reduce run needs all", _RESUME)
+
+    def _got(self, refs: list[ObjectRef]) -> list[Any]:
+        """What all members answer; fails with the first that does, while others may wait for it."""
+        waiting = list(refs)
+        while waiting:
+            done, waiting = ray.wait(waiting, num_returns=1)
+            try:
+                ray.get(done)
+            except RayTaskError as e:
+                cause = cause_of(e)
+                # What gloo says when another member is gone.
+                raise self._lost(cause) if type(cause) is RuntimeError else cause from e
+            except RayError as e:
+                raise self._lost(e) from e
+        return list(ray.get(refs))
+
+    @staticmethod
+    def _lost(error: BaseException) -> ClusterError:
+        return ClusterError("runtime", f"a member of the all-reduce run is gone ({first_line(error)})", _RESUME)

@@ -1,0 +1,76 @@
+"""All-reduce runs: in the server's order they end with the server's bits; membership is fixed, and a death is told."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+
+import pytest
+from click.testing import CliRunner
+
+from metadist.cli import main
+from tests.ray.test_same_answer_anywhere import (
+    CONFIG,
+    LOCAL,
+    a_worker_of,
+    invoke,
+    numbers,
+    run,
+    wait_for_step,
+    words,
+)  # fmt: skip
+
+pytestmark = pytest.mark.usefixtures("no_pictures", "cluster")
+ORDERED = {"runtime.type": "ray", "runtime.topology": "allreduce"}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(omniglot_shards, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("allreduce") / "local"
+    return run(omniglot_shards, run_dir, **LOCAL, **{"outer.clip_norm": 0.5}), numbers(run_dir)
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_in_order_they_give_the_bits_of_one_process(omniglot_shards, undisturbed, tmp_path, workers):
+    summary = run(omniglot_shards, tmp_path / "run", **ORDERED, **{"runtime.workers": workers, "outer.clip_norm": 0.5})
+    assert summary["runtime"]["topology"] == "allreduce" and summary["runtime"]["workers"] == workers
+    assert summary["meta_params_sha256"] == undisturbed[0]["meta_params_sha256"]
+    assert summary["evaluation"] == undisturbed[0]["evaluation"]
+    assert numbers(tmp_path / "run") == undisturbed[1]
+
+
+def test_a_death_ends_the_run_which_is_resumed_to_the_same_bits(omniglot_shards, undisturbed, tmp_path):
+    run_dir = tmp_path / "run"
+    killed = []
+
+    def strike() -> None:
+        wait_for_step(run_dir, 7)
+        killed.append(a_worker_of(os.getpid()))
+        os.kill(killed[0], signal.SIGKILL)
+
+    striker = threading.Thread(target=strike)
+    striker.start()
+    changes = words(omniglot_shards, **ORDERED, **{"runtime.workers": 2, "outer.clip_norm": 0.5})
+    result = CliRunner().invoke(main, ["train", CONFIG, *changes, "--run-dir", str(run_dir)])
+    striker.join()
+    assert killed and result.exit_code == 1
+    assert "is gone" in result.output and "metadist resume" in result.output
+    # A server's workers go on where an all-reduce run's ended.
+    invoke(["resume", str(run_dir), "runtime.topology=server", "runtime.workers=3"])
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["meta_params_sha256"] == undisturbed[0]["meta_params_sha256"]
+    assert numbers(run_dir) == undisturbed[1]
+
+
+def test_in_any_order_a_run_says_that_it_is_not_reproducible(omniglot_shards, undisturbed, tmp_path):
+    changes = {"runtime.type": "ray", "runtime.topology": "allreduce_unordered", "runtime.workers": 3}
+    told = CliRunner().invoke(
+        main,
+        ["train", CONFIG, *words(omniglot_shards, **changes, **{"outer.clip_norm": 0.5, "tracking.console": "true"}),
+         "--run-dir", str(tmp_path / "run")],
+    )  # fmt: skip
+    assert told.exit_code == 0 and "not reproducible" in told.output
+    first, others = json.loads(numbers(tmp_path / "run")[0]), json.loads(undisturbed[1][0])
+    assert first == pytest.approx(others, rel=1e-4), "the same sum but for rounding"
