@@ -170,8 +170,8 @@ def come_and_go() -> dict[str, Any]:
         updates.until_workers(4)
         on_third = [n for n, h in updates.backend._handles.items() if h.node == third.node_id]
         updates.step(meanwhile=lambda: kill_worker(updates, on_third[0]))
-        updates.step(meanwhile=lambda: nodes.remove_node(second, allow_graceful=False))
         on_second = {n for n, h in updates.backend._handles.items() if h.node == second.node_id}
+        updates.step(meanwhile=lambda: nodes.remove_node(second, allow_graceful=False))
         updates.until(lambda: not on_second & set(updates.backend.workers()), "the loss of a node")
         updates.step(times=2)
         result = {

@@ -72,10 +72,11 @@ def numbers(run_dir: Path) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize(("workers", "shards"), [(1, 1), (2, 4), (3, 2)])
+@pytest.mark.parametrize(("workers", "shards", "node_sums"), [(1, 1, False), (2, 4, False), (3, 2, True)])
 @pytest.mark.usefixtures("cluster")
-def test_ray_gives_the_bits_of_one_process(omniglot_shards, undisturbed, tmp_path, workers, shards):
+def test_ray_gives_the_bits_of_one_process(omniglot_shards, undisturbed, tmp_path, workers, shards, node_sums):
     many = {"runtime.type": "ray", "runtime.workers": workers, "runtime.server_shards": shards}
+    many["runtime.node_sums"] = node_sums
     summary = run(omniglot_shards, tmp_path / "run", **many)
     assert summary["runtime"]["server_shards"] == shards
     assert summary["meta_params_sha256"] == undisturbed[0]["meta_params_sha256"]
@@ -115,9 +116,10 @@ def test_a_worker_lost_in_the_middle_changes_nothing(omniglot_shards, undisturbe
 
     striker = threading.Thread(target=strike)
     striker.start()
-    two = {"runtime.type": "ray", "runtime.workers": 2, "runtime.lease_timeout_s": 3}
+    two = {"runtime.type": "ray", "runtime.workers": 2}
     # What has stopped is taken over by the other one, so it is missed only after some more steps.
-    summary = run(omniglot_shards, run_dir, **two, **({"outer.steps": 400} if fault == signal.SIGSTOP else {}))
+    stopped = {"outer.steps": 400, "runtime.lease_timeout_s": 3} if fault == signal.SIGSTOP else {}
+    summary = run(omniglot_shards, run_dir, **two, **stopped)
     striker.join()
     assert lost and summary["restarts"]["worker"] == 1, "the fault was not seen to fire"
     if fault == signal.SIGKILL:

@@ -19,6 +19,7 @@ def happened(*words: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_nodes_that_join_are_drained_and_die_change_nothing() -> None:
     told = happened("come_and_go")
     assert told["told"] == told["undisturbed"]
