@@ -2,9 +2,9 @@
 
 Each is beside the memory's own speed, measured between the timings: that at which the same gradients are read by sums
 over each, or that of an addition into a third array, whichever is higher. What a pass must move at least: every
-gradient read and the sum written; gradient, two moments and parameters read, the latter three written. The update is all that
-follows the sum: mean, norm and optimizer. The sum's bits are first checked against NumPy's by the same tree, the update
-against torch.optim.Adam. It runs with the memory allocator set as in a server's process.
+gradient read and the sum written; gradient, two moments and parameters read, the latter three written. The update is
+all that follows the sum: mean, norm and optimizer. The sum's bits are first checked against NumPy's by the same tree,
+the update against torch.optim.Adam. It runs with the memory allocator set as in a server's process.
 """
 
 from __future__ import annotations
