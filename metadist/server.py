@@ -121,10 +121,7 @@ class ParameterServer:
                 raise ValueError(f"no gradient of version {version} has come")
             total = self._sum.total(slots)
             self._sum = None
-            # It is only read, but torch warns of arrays that may not be written.
-            self._prepared = self._update.prepare(
-                torch.from_numpy(total if total.flags.writeable else total.copy()), tasks
-            )
+            self._prepared = self._update.prepare(torch.from_numpy(total), tasks, own=True)
         return self._prepared
 
     def weights(self) -> np.ndarray:

@@ -12,7 +12,7 @@ from tools.bench import server
 
 
 def test_rows_are_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    server.main(["--quick", "--out", str(tmp_path / "server.json")])
+    server.main(["--quick", "--json", str(tmp_path / "server.json")])
     kept = json.loads((tmp_path / "server.json").read_text())
     assert [row["pass"] for row in kept["rows"]] == ["sum", "update"]
     assert all(row["share"] == pytest.approx(row["gb_per_s"] / row["memory_gb_per_s"]) for row in kept["rows"])

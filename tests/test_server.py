@@ -132,3 +132,13 @@ def test_a_retracted_gradient_leaves_its_place_to_another() -> None:
         s.commit(0, TASKS)
     assert s.add(0, MICROBATCHES, {Block(0, 1): v[1]}) == 1
     assert s.commit(0, TASKS)[0].tobytes() == step(plain, 0)[0].tobytes()
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_was_handed_in_is_left_as_it_was(whole: bool) -> None:
+    s, v = server(), values(0)
+    blocks = partial_sums(0, v, MICROBATCHES) if whole else {Block(0, m): v[m] for m in range(MICROBATCHES)}
+    before = {b: value.copy() for b, value in blocks.items()}
+    s.add(0, MICROBATCHES, blocks)
+    s.commit(0, TASKS)
+    assert all(np.array_equal(blocks[b], before[b]) for b in blocks)

@@ -150,7 +150,7 @@ class TreeSum:
         return [m for m in range(self.count) if m not in there]
 
     def total(self, members: Sequence[int] | None = None) -> np.ndarray:
-        """The sum.
+        """The sum, in a vector that is the caller's to change.
 
         Args:
             members: which microbatches it is to be of; None: all. Where one is left out, its neighbour in the tree
@@ -165,13 +165,11 @@ class TreeSum:
             raise ValueError(f"the sum still lacks microbatches {sorted(gap)}")
         if extra := there - wanted:
             raise ValueError(f"the sum holds microbatches {sorted(extra)} that should not be in it")
-        if members is None:
-            self._merge()
-            (value,) = self._held.values()
-            return value
         parts: list[Block] = []
         program: list[int] = []
         self._some(self._root, parts, program)
+        if len(parts) == 1:
+            return self._held[parts[0]].copy()
         return tree_sum(program, [self._held[b] for b in parts])
 
     def held(self) -> dict[Block, np.ndarray]:

@@ -24,11 +24,14 @@ def chunk_starts(sizes: Sequence[int]) -> list[int]:
     return starts
 
 
-def chunk_squares(vector: Tensor, starts: Sequence[int]) -> list[float]:
-    """The sum of squares of each chunk, in float64."""
+def mean_and_squares(vector: Tensor, tasks: float, starts: Sequence[int]) -> list[float]:
+    """Divides a vector by ``tasks``, in place; the sum of squares of each chunk, in float64.
+
+    In one pass: a chunk is read again while it is near.
+    """
     squares = []
     for start, stop in pairwise([*starts, len(vector)]):
-        wide = vector[start:stop].double()
+        wide = vector[start:stop].div_(tasks).double()
         squares.append(float(torch.dot(wide, wide)))
     return squares
 
@@ -68,7 +71,7 @@ class Prepared:
     Args:
         gradient: the mean ``[numel]``, zero where a rule holds.
         ruled: ``(start, stop, next values)`` of what follows a rule.
-        squares: the sums of squares of the gradient's chunks (:func:`chunk_squares`).
+        squares: the sums of squares of the gradient's chunks (:func:`mean_and_squares`).
     """
 
     gradient: Tensor
@@ -96,19 +99,24 @@ class MetaUpdate:
         self._chunks = [torch.nn.Parameter(v) for v in self._cut(self.vector)]
         self.optimizer = _optimizer(self._chunks, options)
 
-    def prepare(self, gradient_sum: Tensor, tasks: float) -> Prepared:
+    def prepare(self, gradient_sum: Tensor, tasks: float, own: bool = False) -> Prepared:
         """What an update with the mean over ``tasks`` of the meta-gradient needs; nothing has changed yet.
+
+        Args:
+            gradient_sum: over tasks, ``[numel]``.
+            tasks: how many.
+            own: whether the mean may take the place of the sum, for want of another use of it.
 
         Raises:
             FloatingPointError: what follows a rule is not finite.
         """
-        gradient = gradient_sum.to(self.vector.dtype) / tasks
         ruled = [(a, z, self._ruled(a, z, rule, gradient_sum, tasks)) for a, z, rule in self.options.get("rules", ())]
-        for a, z, _ in ruled:
-            gradient[a:z] = 0
         if not all(bool(torch.isfinite(values).all()) for _, _, values in ruled):
             raise FloatingPointError("an average or carried state is not finite")
-        return Prepared(gradient, ruled, chunk_squares(gradient, self._starts))
+        gradient = gradient_sum.to(self.vector.dtype, copy=not own)
+        for a, z, _ in ruled:
+            gradient[a:z] = 0
+        return Prepared(gradient, ruled, mean_and_squares(gradient, tasks, self._starts))
 
     def apply(self, gradient_sum: Tensor, tasks: float) -> dict[str, float]:
         """:meth:`prepare` and :meth:`move` in one."""

@@ -225,5 +225,6 @@ def test_what_is_discarded_is_missing_again_and_may_be_replaced() -> None:
     assert tree.missing() == [2]
     tree.add(Block(0, 2), np.full(3, 20, np.float32))
     assert tree.total().tolist() == [24, 24, 24]
+    assert list(tree.held()) == [Block(2, 0)]
     with pytest.raises(ValueError, match="part of a larger sum"):
         tree.discard(Block(0, 2))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from metadist.config.schema import OuterConfig
-from metadist.outer.update import MetaUpdate, chunk_squares, chunk_starts, learning_rate, norm_of
+from metadist.outer.update import MetaUpdate, chunk_starts, learning_rate, mean_and_squares, norm_of
 
 TASKS = 4
 
@@ -24,7 +24,7 @@ def gradients(n: int = 6, size: int = 50) -> list[torch.Tensor]:
 
 
 def global_norm(*tensors: torch.Tensor) -> float:
-    return norm_of(chunk_squares(torch.cat(tensors), chunk_starts([len(t) for t in tensors])))
+    return norm_of(mean_and_squares(torch.cat(tensors), 1.0, chunk_starts([len(t) for t in tensors])))
 
 
 def start(size: int = 50) -> torch.Tensor:

@@ -122,13 +122,13 @@ def main(arguments: list[str] | None = None) -> None:
     """Checks, measures, prints, and keeps the rows if asked to."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example: python tools/bench/server.py --rounds 20 --out server.json",
+        epilog="example: python tools/bench/server.py --rounds 20 --json server.json",
     )  # fmt: skip
     parser.add_argument("--parameters", type=int, default=25_000_000, help="numbers in a vector")
     parser.add_argument("--rounds", type=int, default=15, help="timings, of which the median is taken")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads, as a server has by default")
     parser.add_argument("--quick", action="store_true", help="two rounds on a million parameters")
-    parser.add_argument("--out", type=Path, help="a JSON file for the rows")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the rows and how they came about")
     options = parser.parse_args(arguments)
     numel, rounds = (1_000_000, 2) if options.quick else (options.parameters, options.rounds)
     torch.set_num_threads(options.threads)
@@ -136,8 +136,8 @@ def main(arguments: list[str] | None = None) -> None:
     rows = measured(numel, rounds)
     cells = [[row["pass"], str(row["megabytes_moved"]), *(f"{row[k]:.3g}" for k in COLUMNS[2:])] for row in rows]
     show_table(COLUMNS, cells, f"{VECTORS} gradients of {4 * numel / 1e6:g} MB, {options.threads} thread")
-    if options.out:
-        keep_rows(options.out, rows, {
+    if options.json:
+        keep_rows(options.json, rows, {
             "date": datetime.date.today().isoformat(), "parameters": numel, "vectors": VECTORS, "rounds": rounds,
             "threads": options.threads, "cpus": os.cpu_count(), "torch": torch.__version__,
         })  # fmt: skip

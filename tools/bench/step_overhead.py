@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import os
 import statistics
 import sys
@@ -117,18 +118,20 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
 
 def main(words: list[str] | None = None) -> None:
     options = arguments(words)
+    setup = {"date": datetime.date.today().isoformat(), "cpu_cores": os.cpu_count(), "torch": torch.__version__,
+             "ray": ray.__version__}  # fmt: skip
     rows = []
-    for workers in options.workers:
+    for model, workers in itertools.product(options.models, options.workers):
         connect(RuntimeConfig(workers=2 * workers))
         try:
-            rows += [compare(m, workers, options.rounds, options.turn_s, options.shards) for m in options.models]
+            rows.append(compare(model, workers, options.rounds, options.turn_s, options.shards))
         finally:
             ray.shutdown()
+        # The largest come last, and what was measured before is kept whatever becomes of them.
+        if options.json:
+            keep_rows(options.json, rows, setup)
+        print(f"{model} with {workers} workers: {rows[-1]['ms_per_step']:.3g} ms a step", file=sys.stderr, flush=True)
     show_table(COLUMNS, [cells(row) for row in rows], words=0)
-    if options.json:
-        setup = {"date": datetime.date.today().isoformat(), "cpu_cores": os.cpu_count(), "torch": torch.__version__,
-                 "ray": ray.__version__}  # fmt: skip
-        keep_rows(options.json, rows, setup)
 
 
 if __name__ == "__main__":

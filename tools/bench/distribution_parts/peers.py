@@ -67,14 +67,14 @@ class ExampleWorker:
         """Becomes a member of a process group."""
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
-        self.buffer = torch.zeros(len(self.flat))
 
     def all_reduce(self, times: int) -> np.ndarray | None:
         """Sums everybody's gradient, ``times`` over; the first numbers of the sum."""
+        buffer = torch.empty(len(self.flat))  # not kept: sixteen of 100 MB leave little room for the others
         for _ in range(times):
-            self.buffer.copy_(torch.from_numpy(self.flat))
-            torch.distributed.all_reduce(self.buffer)
-        return self.buffer[:1000].numpy().copy()
+            buffer.copy_(torch.from_numpy(self.flat))
+            torch.distributed.all_reduce(buffer)
+        return buffer[:1000].numpy().copy()
 
     def leave(self) -> None:
         """Ends the membership."""
