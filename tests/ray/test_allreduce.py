@@ -64,6 +64,7 @@ def test_a_death_ends_the_run_which_is_resumed_to_the_same_bits(omniglot_shards,
     assert numbers(run_dir) == undisturbed[1]
 
 
+@pytest.mark.slow
 def test_in_any_order_a_run_says_that_it_is_not_reproducible(omniglot_shards, undisturbed, tmp_path):
     changes = {"runtime.type": "ray", "runtime.topology": "allreduce_unordered", "runtime.workers": 3}
     told = CliRunner().invoke(

@@ -42,6 +42,7 @@ def test_a_run_stopped_within_a_horizon_and_resumed_has_the_same_bits(undisturbe
     assert results(tmp_path / "run") == undisturbed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", ["carried", "xi"])
 @pytest.mark.usefixtures("no_pictures")
 def test_the_check_of_resuming_notices_lost_state(
@@ -63,7 +64,7 @@ def test_the_check_of_resuming_notices_lost_state(
     assert results(tmp_path / "run") != undisturbed
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.usefixtures("cluster")
 def test_ray_gives_the_bits_of_one_process(workers: int, undisturbed: Any, tmp_path: Path) -> None:
     train(experiment("pes", runtime={"type": "ray", "workers": workers}), tmp_path / "run")

@@ -72,7 +72,9 @@ def numbers(run_dir: Path) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize(("workers", "shards", "node_sums"), [(1, 1, False), (2, 4, False), (3, 2, True)])
+@pytest.mark.parametrize(
+    ("workers", "shards", "node_sums"), [pytest.param(1, 1, False, marks=pytest.mark.slow), (2, 4, False), (3, 2, True)]
+)
 @pytest.mark.usefixtures("cluster")
 def test_ray_gives_the_bits_of_one_process(omniglot_shards, undisturbed, tmp_path, workers, shards, node_sums):
     many = {"runtime.type": "ray", "runtime.workers": workers, "runtime.server_shards": shards}
@@ -148,6 +150,7 @@ def test_ctrl_c_leaves_a_run_that_resumes_to_the_same_bits(omniglot_shards, undi
     )
 
 
+@pytest.mark.slow
 def test_the_check_notices_another_order_of_summation(omniglot_shards, undisturbed, tmp_path, monkeypatch):
     def in_order_of_arrival(start, values, count):
         total = None
@@ -160,6 +163,7 @@ def test_the_check_notices_another_order_of_summation(omniglot_shards, undisturb
     assert run(omniglot_shards, tmp_path / "run", **LOCAL)["meta_params_sha256"] != undisturbed[0]["meta_params_sha256"]
 
 
+@pytest.mark.slow
 def test_the_check_notices_another_seeding(omniglot_shards, undisturbed, tmp_path, monkeypatch):
     from metadist.worker import Round
 
@@ -169,6 +173,7 @@ def test_the_check_notices_another_seeding(omniglot_shards, undisturbed, tmp_pat
     assert run(omniglot_shards, tmp_path / "run", **LOCAL)["meta_params_sha256"] != undisturbed[0]["meta_params_sha256"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("forgets", [False, True], ids=["whole state", "forgotten optimizer state"])
 def test_the_check_notices_a_forgotten_optimizer_state(omniglot_shards, undisturbed, tmp_path, monkeypatch, forgets):
     from metadist.outer.update import MetaUpdate

@@ -91,6 +91,7 @@ def test_a_disturbed_asynchronous_run_keeps_its_bound_and_is_replayed_to_the_bit
         assert (altered["same"], altered["exit_code"]) == (False, 1), change
 
 
+@pytest.mark.slow
 def test_an_asynchronous_run_that_was_killed_goes_on_and_is_replayed_to_the_bit(omniglot_shards, tmp_path):
     run_dir = tmp_path / "run"
     asynchronous = {**LOCAL, "runtime.max_staleness": 4}
