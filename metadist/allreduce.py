@@ -106,7 +106,7 @@ class Member:
     def _plain_update(self, update: Update, mine: Mapping[Block, np.ndarray]) -> dict[str, float]:
         total = torch.zeros(len(self.weights), dtype=torch.from_numpy(self.weights).dtype)
         for value in mine.values():
-            total += torch.from_numpy(np.asarray(value).copy())
+            total += torch.from_numpy(value)
         dist.all_reduce(total)
         assert self._server is not None
         self._server.add(update.version, 1, {Block(0, 0): total.numpy()})
@@ -115,13 +115,13 @@ class Member:
 
     def _ordered_update(self, update: Update, mine: Mapping[Block, np.ndarray]) -> dict[str, float]:
         received = self._exchanged(mine, [_blocks(leases, update.count) for leases in update.accepted])
-        squares: list[float] | Exception = []
+        squares: list[float] | FloatingPointError = []
         if self._server is not None:
             try:
                 for block, value in received:
                     self._server.add(update.version, update.count, {block: value})
                 squares = self._server.squares(update.version, update.tasks, update.slots)
-            except (FloatingPointError, ValueError) as e:
+            except FloatingPointError as e:
                 squares = e
         norm = norm_of(self._all_squares(squares))
         if self._server is not None:
@@ -152,16 +152,14 @@ class Member:
             return []
         return list(zip(itertools.chain(*blocks), received.numpy().reshape(-1, width), strict=True))
 
-    def _all_squares(self, squares: list[float] | Exception) -> list[float]:
+    def _all_squares(self, squares: list[float] | FloatingPointError) -> list[float]:
         """Those of all members in their order; raises in all of them if there are none in one."""
-        failed = isinstance(squares, Exception)
-        counts: list[Any] = [None] * self._world
-        dist.all_gather_object(counts, str(squares) if isinstance(squares, Exception) else squares)
-        if failed:
-            raise squares  # type: ignore[misc]
-        if wrong := [told for told in counts if isinstance(told, str)]:
-            raise FloatingPointError(wrong[0])
-        return list(itertools.chain(*counts))
+        told: list[Any] = [None] * self._world
+        dist.all_gather_object(told, squares)
+        for found in told:
+            if isinstance(found, FloatingPointError):
+                raise found
+        return list(itertools.chain(*told))
 
     def _all_weights(self, part: np.ndarray) -> np.ndarray:
         """The vector ``[numel]`` of everybody's part."""

@@ -31,24 +31,23 @@ _START_TIMEOUT_S = 300.0
 _MEMBERSHIP_S = 1.0
 
 
-def node_of_this_process() -> str:
-    """The id of the cluster's node that this process is on."""
-    return str(ray.get_runtime_context().get_node_id())
-
-
 MakeWorker = Callable[[Experiment, str], LeaseWorker]
 
 
-@ray.remote
-class _Worker:
+class WorkerProcess:
+    """What the actors that compute have in common: a worker, made when they are asked whether they are ready."""
+
     def __init__(self, experiment: Experiment, device: str, make: MakeWorker) -> None:
         self._experiment, self._device, self._make = experiment, device, make
 
     def ready(self) -> dict[str, Any]:
         # Not in the constructor, whose errors reach the driver as text alone.
         self._worker = self._make(self._experiment, self._device)
-        return {"node": node_of_this_process()}
+        return {"node": str(ray.get_runtime_context().get_node_id())}
 
+
+@ray.remote
+class _Worker(WorkerProcess):
     def compute(
         self, lease: Lease, cuts: list[tuple[int, int]], *weights: np.ndarray
     ) -> tuple[Report | dict[Block, np.ndarray], ...]:
@@ -57,8 +56,10 @@ class _Worker:
         return report, *({block: v[a:z] for block, v in blocks.items()} for a, z in cuts)
 
 
-@dataclass
-class _Handle:
+@dataclass(eq=False)
+class Handle:
+    """A worker: its actor, what it was asked, the node it is on, whether it is to go."""
+
     actor: ActorHandle
     starting: ObjectRef | None
     answers: dict[ObjectRef, tuple[Lease, list[ObjectRef]]] = field(default_factory=dict)
@@ -88,8 +89,8 @@ class RayBackend:
     def __init__(self, experiment: Experiment, make_worker: MakeWorker = MetaWorker) -> None:
         self._experiment, self._make_worker = experiment, make_worker
         self._runtime = experiment.config.runtime
-        self._handles: dict[int, _Handle] = {}
-        self._answered: dict[int, tuple[str, list[ObjectRef]]] = {}
+        self._handles: dict[int, Handle] = {}
+        self._answered: dict[int, tuple[Handle, list[ObjectRef]]] = {}
         self._membership_seen = 0.0
         self._next_worker = 0
         self._restarts = {"worker": 0, "server": 0}
@@ -162,10 +163,11 @@ class RayBackend:
         return set(ready) | set(first)
 
     def accept(self, lease: Lease, version: int, count: int, slot: int | None = None, weight: float = 1.0) -> None:
-        node, parts = self._answered.pop(lease.number)
+        handle, parts = self._answered.pop(lease.number)
         if not self._runtime.node_sums:
-            self.server.add(lease, version, count, parts, slot, weight)
+            self.server.add([lease], version, count, parts, slot, weight)
             return
+        node = handle.node
         self.server.add_on_node(node, lease, version, count, parts)
         if not any(h.answers for h in self._handles.values() if h.node == node):
             self.server.pass_on(node)
@@ -222,10 +224,10 @@ class RayBackend:
         }
         device = "cuda" if self._gpus else "cpu"
         actor = self._kind.options(**options).remote(self._experiment_ref, device, self._make_worker)
-        self._handles[self._next_worker] = _Handle(actor, actor.ready.remote())
+        self._handles[self._next_worker] = Handle(actor, actor.ready.remote())
         self._next_worker += 1
 
-    def _event(self, number: int, handle: _Handle, ref: ObjectRef) -> Event:
+    def _event(self, number: int, handle: Handle, ref: ObjectRef) -> Event:
         try:
             value = ray.get(ref)
         except RayTaskError as e:
@@ -241,7 +243,7 @@ class RayBackend:
             return Joined(number)
         lease, gradients = handle.answers.pop(ref)
         if lease.round.kind == "train":
-            self._answered[lease.number] = handle.node, gradients
+            self._answered[lease.number] = handle, gradients
         return Computed(number, value)
 
     def dismiss(self, worker: int, reason: str) -> Died:

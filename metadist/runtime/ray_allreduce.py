@@ -20,7 +20,7 @@ from metadist.errors import ClusterError, first_line
 from metadist.experiment import Experiment
 from metadist.outer.partition import joined_snapshot
 from metadist.runtime.backend import Died, Event
-from metadist.runtime.ray import MakeWorker, RayBackend, node_of_this_process
+from metadist.runtime.ray import Handle, RayBackend, WorkerProcess
 from metadist.runtime.ray_server import cause_of
 from metadist.worker import Lease, Report
 
@@ -28,14 +28,7 @@ _RESUME = "go on from the last checkpoint with `metadist resume`; runtime.topolo
 
 
 @ray.remote
-class _Member:
-    def __init__(self, experiment: Experiment, device: str, make: MakeWorker) -> None:
-        self._experiment, self._device, self._make = experiment, device, make
-
-    def ready(self) -> dict[str, Any]:
-        self._worker = self._make(self._experiment, self._device)
-        return {"node": node_of_this_process()}
-
+class _Member(WorkerProcess):
     def meeting_place(self) -> tuple[str, int]:
         """An address of this process's node, and a port that is free there."""
         host = ray.util.get_node_ip_address()
@@ -82,17 +75,16 @@ class AllReduceBackend(RayBackend):
     _kind: Any = _Member
 
     def __init__(self, experiment: Experiment, *rest: Any) -> None:
-        self._ranks: list[int] = []
+        self._ranks: list[Handle] = []
         self._accepted: list[list[Lease]] = []
-        self._holders: dict[int, int] = {}
         self._count = 0
         super().__init__(experiment, *rest)
 
     def start(self, snapshot: dict[str, Any], outer: dict[str, Any]) -> None:
         self._experiment_ref = ray.put(self._experiment)
         self._begin(self._workers)
-        ranks = self.workers()
-        actors = [self._handles[n].actor for n in ranks]
+        ranks = [self._handles[n] for n in self.workers()]
+        actors = [handle.actor for handle in ranks]
         place = self._got([actors[0].meeting_place.remote()])[0]
         shared, ordered = ray.put(snapshot), self._runtime.topology == "allreduce"
         self._got([
@@ -103,13 +95,14 @@ class AllReduceBackend(RayBackend):
 
     def accept(self, lease: Lease, version: int, count: int, slot: int | None = None, weight: float = 1.0) -> None:
         assert slot is None and weight == 1.0, "an all-reduce run waits for its meta-batch"
-        self._answered.pop(lease.number)
-        self._accepted[self._ranks.index(self._holders.pop(lease.number))].append(lease)
+        handle, _ = self._answered.pop(lease.number)
+        self._accepted[self._ranks.index(handle)].append(lease)
         self._count = count
 
     def drop(self, lease: Lease) -> None:
-        self._answered.pop(lease.number, None)
-        self._handles[self._holders.pop(lease.number)].actor.drop.remote(lease.number)
+        if lease.number in self._answered:
+            handle, _ = self._answered.pop(lease.number)
+            handle.actor.drop.remote(lease.number)
 
     def settle(self) -> list[Lease]:
         return []  # gradients go with the update
@@ -117,11 +110,11 @@ class AllReduceBackend(RayBackend):
     def commit(self, version: int, tasks: float, slots: Sequence[int] | None = None) -> dict[str, float]:
         update = Update(version, self._count, tasks, slots, self._accepted)
         self._accepted = [[] for _ in self._ranks]
-        told = self._got([self._handles[n].actor.update.remote(update) for n in self._ranks])
+        told = self._got([handle.actor.update.remote(update) for handle in self._ranks])
         return next(stats for stats in told if stats)
 
     def snapshot(self) -> dict[str, Any]:
-        parts = self._got([self._handles[n].actor.snapshot.remote() for n in self._ranks])
+        parts = self._got([handle.actor.snapshot.remote() for handle in self._ranks])
         if self._runtime.topology != "allreduce":
             return dict(parts[0])  # all have the whole of it
         return joined_snapshot([part for part in parts if part is not None])
@@ -130,10 +123,6 @@ class AllReduceBackend(RayBackend):
         told = {**super().describe(), "topology": self._runtime.topology}
         del told["server_shards"]
         return told
-
-    def lease(self, worker: int, lease: Lease) -> None:
-        super().lease(worker, lease)
-        self._holders[lease.number] = worker
 
     def _ask(self, actor: ActorHandle, lease: Lease) -> list[ObjectRef]:
         return [actor.compute.remote(lease)]

@@ -127,15 +127,19 @@ class RayServer:
 
     def add(
         self,
-        lease: Lease,
+        leases: list[Lease],
         version: int,
         count: int,
         parts: Sequence[ObjectRef],
         slot: int | None = None,
         weight: float = 1.0,
     ) -> None:
-        """Sends each shard its part of a lease's gradients; the rest as of ``Backend.accept``."""
-        self._send(parts, [lease], version, count, slot, weight)
+        """Sends each shard its part of what ``leases`` gave; the rest as of ``Backend.accept``."""
+        adding: list[ObjectRef] = [
+            shard.add.remote(version, count, part, slot, weight)
+            for shard, part in zip(self._shards, parts, strict=True)
+        ]
+        self._sent.append(_Sent(adding, leases, slot))
 
     def add_on_node(self, node: str, lease: Lease, version: int, count: int, parts: Sequence[ObjectRef]) -> None:
         """Sends a lease's gradients to the sums of the node they are on, which go on with :meth:`pass_on`."""
@@ -156,7 +160,7 @@ class RayServer:
         leases, gathering.leases = gathering.leases, []
         given: Any = gathering.actor.give.options(num_returns=len(self._shards)).remote(gathering.version)
         parts = list(given) if len(self._shards) > 1 else [given]
-        self._send(parts, leases, gathering.version, gathering.count)
+        self.add(leases, gathering.version, gathering.count, parts)
 
     def settle(self) -> list[Lease]:
         """See :meth:`metadist.runtime.backend.Backend.settle`."""
@@ -208,21 +212,6 @@ class RayServer:
                 self._got([s.version.remote() for s in self._shards])
                 return True
         return False
-
-    def _send(
-        self,
-        parts: Sequence[ObjectRef],
-        leases: list[Lease],
-        version: int,
-        count: int,
-        slot: int | None = None,
-        weight: float = 1.0,
-    ) -> None:
-        adding: list[ObjectRef] = [
-            shard.add.remote(version, count, part, slot, weight)
-            for shard, part in zip(self._shards, parts, strict=True)
-        ]
-        self._sent.append(_Sent(adding, leases, slot))
 
     def _got(self, refs: Any) -> Any:
         try:

@@ -187,7 +187,9 @@ def come_and_go() -> dict[str, Any]:
 
 def kill_worker(updates: Updates, worker: int) -> None:
     actor = updates.backend._handles[worker].actor
-    os.kill(ray.get(actor.__ray_call__.remote(lambda self: os.getpid()), timeout=30), signal.SIGKILL)
+    # Whoever was killed a step ago may not have been missed yet.
+    with contextlib.suppress(ray.exceptions.ActorDiedError):
+        os.kill(ray.get(actor.__ray_call__.remote(lambda self: os.getpid()), timeout=30), signal.SIGKILL)
 
 
 def pending_actors() -> int:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import threading
 
 import pytest
 from click.testing import CliRunner
@@ -14,11 +11,10 @@ from metadist.cli import main
 from tests.ray.test_same_answer_anywhere import (
     CONFIG,
     LOCAL,
-    a_worker_of,
+    a_worker_struck,
     invoke,
     numbers,
     run,
-    wait_for_step,
     words,
 )  # fmt: skip
 
@@ -43,18 +39,9 @@ def test_in_order_they_give_the_bits_of_one_process(omniglot_shards, undisturbed
 
 def test_a_death_ends_the_run_which_is_resumed_to_the_same_bits(omniglot_shards, undisturbed, tmp_path):
     run_dir = tmp_path / "run"
-    killed = []
-
-    def strike() -> None:
-        wait_for_step(run_dir, 7)
-        killed.append(a_worker_of(os.getpid()))
-        os.kill(killed[0], signal.SIGKILL)
-
-    striker = threading.Thread(target=strike)
-    striker.start()
     changes = words(omniglot_shards, **ORDERED, **{"runtime.workers": 2, "outer.clip_norm": 0.5})
-    result = CliRunner().invoke(main, ["train", CONFIG, *changes, "--run-dir", str(run_dir)])
-    striker.join()
+    with a_worker_struck(run_dir, 7) as killed:
+        result = CliRunner().invoke(main, ["train", CONFIG, *changes, "--run-dir", str(run_dir)])
     assert killed and result.exit_code == 1
     assert "is gone" in result.output and "metadist resume" in result.output
     # A server's workers go on where an all-reduce run's ended.

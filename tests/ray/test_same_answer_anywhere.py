@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -109,20 +111,11 @@ def test_a_killed_and_resumed_run_gives_the_same_bits(omniglot_shards, undisturb
 @pytest.mark.usefixtures("cluster")
 def test_a_worker_lost_in_the_middle_changes_nothing(omniglot_shards, undisturbed, tmp_path, fault):
     run_dir = tmp_path / "run"
-    lost = []
-
-    def strike() -> None:
-        wait_for_step(run_dir, 3)
-        lost.append(a_worker_of(os.getpid()))
-        os.kill(lost[0], fault)
-
-    striker = threading.Thread(target=strike)
-    striker.start()
     two = {"runtime.type": "ray", "runtime.workers": 2}
     # What has stopped is taken over by the other one, so it is missed only after some more steps.
     stopped = {"outer.steps": 400, "runtime.lease_timeout_s": 3} if fault == signal.SIGSTOP else {}
-    summary = run(omniglot_shards, run_dir, **two, **stopped)
-    striker.join()
+    with a_worker_struck(run_dir, 3, fault) as lost:
+        summary = run(omniglot_shards, run_dir, **two, **stopped)
     assert lost and summary["restarts"]["worker"] == 1, "the fault was not seen to fire"
     if fault == signal.SIGKILL:
         assert summary["meta_params_sha256"] == undisturbed[0]["meta_params_sha256"]
@@ -195,6 +188,24 @@ def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen | None = N
         assert process is None or process.poll() is None, "the run ended before the fault could be injected"
         time.sleep(0.02)
     raise AssertionError(f"step {step} never came")
+
+
+@contextlib.contextmanager
+def a_worker_struck(run_dir: Path, step: int, fault: int = signal.SIGKILL) -> Iterator[list[int]]:
+    """A worker of this process gets a signal when a step is made; its process, once it has."""
+    struck: list[int] = []
+
+    def strike() -> None:
+        wait_for_step(run_dir, step)
+        struck.append(a_worker_of(os.getpid()))
+        os.kill(struck[0], fault)
+
+    striker = threading.Thread(target=strike)
+    striker.start()
+    try:
+        yield struck
+    finally:
+        striker.join()
 
 
 def a_worker_of(driver: int) -> int:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import threading
 from pathlib import Path
 
 import pytest
@@ -18,7 +16,7 @@ from tests.ray.test_same_answer_anywhere import (
     CONFIG,
     LOCAL,
     STEPS,
-    a_worker_of,
+    a_worker_struck,
     invoke,
     run,
     started,
@@ -45,17 +43,8 @@ def replay(run_dir: Path, *more: str) -> dict:
 @pytest.mark.usefixtures("cluster")
 def test_a_disturbed_asynchronous_run_keeps_its_bound_and_is_replayed_to_the_bit(omniglot_shards, tmp_path):
     run_dir = tmp_path / "run"
-    killed = []
-
-    def strike() -> None:
-        wait_for_step(run_dir, 3)
-        killed.append(a_worker_of(os.getpid()))
-        os.kill(killed[0], signal.SIGKILL)
-
-    striker = threading.Thread(target=strike)
-    striker.start()
-    summary = run(omniglot_shards, run_dir, **ASYNC, **{"runtime.staleness_weighting": "inverse"})
-    striker.join()
+    with a_worker_struck(run_dir, 3) as killed:
+        summary = run(omniglot_shards, run_dir, **ASYNC, **{"runtime.staleness_weighting": "inverse"})
     assert killed and summary["restarts"]["worker"] == 1, "the fault was not seen to fire"
     # On to twice the steps: what was done stands, what was open is done.
     invoke(["resume", str(run_dir), f"outer.steps={2 * STEPS}"])
