@@ -14,9 +14,9 @@ from metadist.algorithms import Algorithm
 from metadist.config import validate
 from metadist.episode import Examples
 from metadist.experiment import Experiment
+from metadist.finished import load_learner
 from metadist.inner.functional import Tensors
 from metadist.tasks.base import TaskSource
-from metadist.training import load_learner
 from metadist.training import train as run_training
 
 
@@ -213,19 +213,21 @@ def load(
     tasks: TaskSource | None = None,
     model: Callable[[], nn.Module] | None = None,
     algorithm: Algorithm | None = None,
+    checkpoint: str | int = "latest",
 ) -> Learner:
-    """What a run has learned, from its newest whole checkpoint.
+    """What a run has learned.
 
     Args:
         run_dir: the run's directory.
         tasks, model, algorithm: the objects the run was started with, if it was started from Python.
+        checkpoint: ``latest``, the newest that is whole; ``best``, of the evaluations during training; or a version.
 
     Raises:
-        MetadistError: there is no such run, or its checkpoint does not fit the model.
+        MetadistError: there is no such run or checkpoint, or it does not fit the model.
     """
     stand_ins = {"tasks": tasks, "model": model, "algorithm": algorithm}
-    learner, _, checkpoint = load_learner(Path(run_dir), stand_ins)
-    return Learner(Path(run_dir), learner, checkpoint.meta_params, checkpoint.version)
+    learner, _, loaded = load_learner(Path(run_dir), stand_ins, str(checkpoint))
+    return Learner(Path(run_dir), learner, loaded.meta_params, loaded.version)
 
 
 def _named(thing: Any) -> dict[str, str]:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,13 +16,16 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from metadist.errors import CheckpointError
-from metadist.files import whole_directory, write_atomically
 from metadist.outer.gradient import Layout, sha256_of
+from metadist.storage import Store
 
 SCHEMA = "metadist.checkpoint/1"
 _TENSOR_FILES = ("meta_params.safetensors", "outer_state.safetensors")
 _VECTOR = "meta_params_vector"
+_STATE = "state.json"
+_MOST_STATE = 1 << 28
 _BLANK = "0" * 64
+LATEST, BEST = "latest", "best"
 
 
 @dataclass(frozen=True)
@@ -49,28 +50,29 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    directory: Path,
+    store: Store,
     snapshot: Mapping[str, Any],
     layout: Layout,
     config: Mapping[str, Any],
     content_id: str | None,
     progress: Mapping[str, Any],
     keep: int,
-) -> Path:
-    """Writes a server snapshot as ``directory/<version>``, points ``latest`` at it, removes the oldest.
+    best: bool = False,
+) -> None:
+    """Writes a server snapshot as a version, points ``latest`` at it, removes the oldest.
 
     Args:
-        directory: the run's ``checkpoints``.
+        store: where to.
         snapshot: of :meth:`metadist.server.ParameterServer.snapshot`.
         layout: of its weights.
         config, content_id, progress: see :class:`Checkpoint`.
-        keep: how many to keep.
+        keep: how many to keep, besides the best.
+        best: whether it is the best so far; ``best`` points at it then.
 
     Raises:
         CheckpointError: it cannot be written (a full disk, say); the ones before it are untouched.
     """
     version = snapshot["version"]
-    target = directory / f"{version:08d}"
     vector = torch.from_numpy(np.array(snapshot["weights"]))
     meta_params = layout.unflatten(vector)
     outer = {k: torch.from_numpy(np.array(v)) for k, v in snapshot["outer_state"].items()}
@@ -92,48 +94,50 @@ def save_checkpoint(
         "progress": dict(progress),
         "config": dict(config),
     }
+    contents[_STATE] = _sealed(json.dumps(state, indent=1))
     try:
-        if target.exists():
-            # Left by a run that went back to an earlier version: the same bits, or damaged ones.
-            shutil.rmtree(target)
-        with whole_directory(target) as partial:
-            for name, data in contents.items():
-                (partial / name).write_bytes(data)
-            (partial / "state.json").write_bytes(_sealed(json.dumps(state, indent=1)))
-        write_atomically(directory / "latest", target.name + "\n")
+        store.write(version, contents)
+        store.point(LATEST, version)
+        if best:
+            store.point(BEST, version)
+        # Later versions are damaged ones that the run went back from: they must not crowd out the whole ones.
+        spared = store.pointed(BEST)
+        old = [v for v in store.versions() if v <= version][:-keep]
+        for v in old:
+            if v != spared:
+                store.remove(v)
     except OSError as e:
-        raise CheckpointError(target, f"cannot be written ({e})", "the checkpoints before it are whole") from e
-    # Later versions are damaged ones that the run went back from: they must not crowd out the whole ones.
-    for old in [v for v in _versions(directory) if v <= version][:-keep]:
-        shutil.rmtree(directory / f"{old:08d}", ignore_errors=True)
-    return target
+        raise CheckpointError(
+            store.place(version), f"cannot be written ({e})", "the checkpoints before it are whole"
+        ) from e
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Reads and checks one checkpoint directory.
+def load_checkpoint(store: Store, version: int) -> Checkpoint:
+    """Reads and checks one version.
 
     Raises:
         CheckpointError: it is missing, cut, altered, or of a newer schema.
     """
-    state = _read_state(path)
+    state = _read_state(store, version)
     tensors = {}
     for name in _TENSOR_FILES:
-        listed = state["files"].get(name, {})
+        listed, where = state["files"].get(name, {}), store.place(version, name)
         try:
-            data = (path / name).read_bytes()
+            there = store.size(version, name)
+            if there != listed.get("bytes"):
+                raise CheckpointError(where, f"holds {there} bytes, {listed.get('bytes')} were written")
+            data = store.read(version, name)
         except OSError as e:
-            raise CheckpointError(path / name, f"cannot be read ({e})") from e
-        if len(data) != listed.get("bytes"):
-            raise CheckpointError(path / name, f"holds {len(data)} bytes, {listed.get('bytes')} were written")
+            raise CheckpointError(where, f"cannot be read ({e})") from e
         if hashlib.sha256(data).hexdigest() != listed.get("sha256"):
-            raise CheckpointError(path / name, "is not what was written: its checksum differs")
+            raise CheckpointError(where, "is not what was written: its checksum differs")
         try:
             tensors[name] = load_tensors(data)
         except SafetensorError as e:
-            raise CheckpointError(path / name, f"is not a safetensors file ({e})") from e
+            raise CheckpointError(where, f"is not a safetensors file ({e})") from e
     named, outer = tensors[_TENSOR_FILES[0]], tensors[_TENSOR_FILES[1]]
     if sorted(named) != sorted(state["layout"]):
-        raise CheckpointError(path, "its tensors are not the ones its state.json lists")
+        raise CheckpointError(store.place(version), "its tensors are not the ones its state.json lists")
     meta_params = {name: named[name] for name in state["layout"]}
     vector = outer.pop(_VECTOR, None)
     if vector is None:
@@ -148,22 +152,34 @@ def load_checkpoint(path: Path) -> Checkpoint:
     )
 
 
-def newest_whole_checkpoint(directory: Path) -> tuple[Checkpoint, list[str]]:
+def versions_of(store: Store) -> list[int]:
+    """The versions that a store holds, from the oldest; some may be damaged.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        return store.versions()
+    except OSError as e:
+        raise CheckpointError(store, f"cannot be read ({e})") from e
+
+
+def newest_whole_checkpoint(store: Store) -> tuple[Checkpoint, list[str]]:
     """The newest checkpoint that is whole, and what was wrong with the ones passed over.
 
     Raises:
         CheckpointError: there is none.
     """
     faults: list[str] = []
-    for version in reversed(_versions(directory)):
+    for version in reversed(versions_of(store)):
         try:
-            return load_checkpoint(directory / f"{version:08d}"), faults
+            return load_checkpoint(store, version), faults
         except CheckpointError as e:
             faults.append(str(e))
-    raise CheckpointError(directory, "holds no whole checkpoint" + "".join(f"\n  {f}" for f in faults))
+    raise CheckpointError(store, "holds no whole checkpoint" + "".join(f"\n  {f}" for f in faults))
 
 
-def check_fits(checkpoint: Checkpoint, layout: Layout, content_id: str | None, where: Path | str) -> None:
+def check_fits(checkpoint: Checkpoint, layout: Layout, content_id: str | None, where: object) -> None:
     """Refuses a checkpoint of another model or another data set, naming what differs.
 
     Raises:
@@ -195,25 +211,30 @@ def check_fits(checkpoint: Checkpoint, layout: Layout, content_id: str | None, w
         )
 
 
-def _read_state(path: Path) -> dict[str, Any]:
+def _read_state(store: Store, version: int) -> dict[str, Any]:
+    where = store.place(version, _STATE)
     try:
-        data = (path / "state.json").read_bytes()
+        if store.size(version, _STATE) > _MOST_STATE:
+            raise CheckpointError(where, f"holds more than {_MOST_STATE >> 20} MB, which no run writes")
+        data = store.read(version, _STATE)
         state = json.loads(data.decode())
     except OSError as e:
-        raise CheckpointError(path / "state.json", f"cannot be read ({e})") from e
-    except ValueError as e:
-        raise CheckpointError(path / "state.json", f"is not JSON ({e})") from e
+        raise CheckpointError(where, f"cannot be read ({e})") from e
+    except (ValueError, RecursionError) as e:
+        raise CheckpointError(where, f"is not JSON ({e})") from e
     if not isinstance(state, dict) or state.get("schema") != SCHEMA:
         held = state.get("schema") if isinstance(state, dict) else type(state).__name__
         raise CheckpointError(
-            path / "state.json", f"is of schema {held!r}, this version reads {SCHEMA}", "use the metadist that wrote it"
+            where, f"is of schema {held!r}, this version reads {SCHEMA}", "use the metadist that wrote it"
         )
     if state.get("sha256") != _seal(data.replace(str(state.get("sha256")).encode(), _BLANK.encode(), 1)):
-        raise CheckpointError(path / "state.json", "is not what was written: its checksum differs")
-    wanted = {"version": int, "files": dict, "layout": list, "config": dict}
+        raise CheckpointError(where, "is not what was written: its checksum differs")
+    wanted = {"version": int, "files": dict, "layout": list, "config": dict, "progress": dict}
     for key, kind in wanted.items():
         if not isinstance(state.get(key), kind):
-            raise CheckpointError(path / "state.json", f"its {key} is {state.get(key)!r}, wanted a {kind.__name__}")
+            raise CheckpointError(where, f"its {key} is {state.get(key)!r}, wanted a {kind.__name__}")
+    if state["version"] != version:
+        raise CheckpointError(where, f"is of version {state['version']}, but lies where {version} belongs")
     return state
 
 
@@ -225,9 +246,3 @@ def _sealed(text: str) -> bytes:
 
 def _seal(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _versions(directory: Path) -> list[int]:
-    if not directory.is_dir():
-        return []
-    return sorted(int(p.name) for p in directory.iterdir() if p.is_dir() and p.name.isdigit())

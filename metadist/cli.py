@@ -51,7 +51,9 @@ def main() -> None:
     type=click.Path(path_type=Path),
     help="Where the run is kept; must not exist.  [default: runs/NAME-TIME]",
 )
-@click.option("--resume-if-exists", is_flag=True, help="Continue the run in --run-dir if there is one.")
+@click.option(
+    "--resume-if-exists", is_flag=True, help="Continue the run in --run-dir, or in checkpoint.path, if there is one."
+)
 def train(config: Path, overrides: tuple[str, ...], run_dir: Path | None, resume_if_exists: bool) -> None:
     """Meta-train what CONFIG says.
 
@@ -68,7 +70,7 @@ def train(config: Path, overrides: tuple[str, ...], run_dir: Path | None, resume
     if resume_if_exists and run_dir is not None and (run_dir / "config.yaml").is_file():
         _stoppable(lambda: run_resume(run_dir, overrides))
     else:
-        _stoppable(lambda: run_train(Experiment(checked), run_dir))
+        _stoppable(lambda: run_train(Experiment(checked), run_dir, adopt=resume_if_exists))
 
 
 @main.command()
@@ -89,18 +91,19 @@ def resume(run_dir: Path, overrides: tuple[str, ...]) -> None:
 @main.command()
 @click.argument("run_dir", type=click.Path(path_type=Path))
 @click.option("--episodes", type=click.IntRange(min=1), help="How many episodes.  [default: as in the config]")
+@click.option("--checkpoint", default="latest", show_default=True, help="latest, best (in training), or a version.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def evaluate(run_dir: Path, episodes: int | None, as_json: bool) -> None:
-    """Judge a run's newest checkpoint on held-out episodes.
+def evaluate(run_dir: Path, episodes: int | None, checkpoint: str, as_json: bool) -> None:
+    """Judge a run's checkpoint on held-out episodes.
 
     \b
     Example:
       metadist evaluate runs/sines --episodes 1000 --json
     """
+    from metadist.finished import evaluate as run_evaluate
     from metadist.tracking.console import judged
-    from metadist.training import evaluate as run_evaluate
 
-    result = run_evaluate(run_dir, episodes)
+    result = run_evaluate(run_dir, episodes, which=checkpoint)
     where = f"{result['run_dir']} at step {result['version']}"
     click.echo(json.dumps(result) if as_json else f"{where}: {judged(result)}")
 
@@ -118,7 +121,7 @@ def replay(run_dir: Path, version: int | None, as_json: bool) -> None:
     Example:
       metadist replay runs/sines --version 500
     """
-    from metadist.training import replay as run_replay
+    from metadist.finished import replay as run_replay
 
     result = run_replay(run_dir, version)
     said = "are the checkpoint's, bit for bit" if result["same"] else "are NOT the checkpoint's"
@@ -231,12 +234,13 @@ main.add_command(data)
 
 
 def _stoppable(run: Callable[[], Any]) -> None:
-    from metadist.training import Interrupted
+    from metadist.stopping import Interrupted
 
     try:
         run()
     except Interrupted as e:
-        click.echo("metadist: stopped after a whole step; go on with `metadist resume RUN_DIR`", err=True)
+        how = f"go on with `metadist resume {e.run_dir}`" if e.run_dir else "before the first step: nothing was kept"
+        click.echo(f"metadist: stopped; {how}", err=True)
         sys.exit(128 + e.signum)
 
 

@@ -59,5 +59,9 @@ class ClusterError(MetadistError):
     """Ray cannot be reached, or has not what the config asks for."""
 
 
+class ServerLostError(ClusterError):
+    """The parameter server, or the weights on its node, cannot be reached any more; a run goes on from a checkpoint."""
+
+
 class TrackingError(MetadistError):
     """A tracker that was asked for cannot be started."""

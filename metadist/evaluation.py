@@ -13,6 +13,8 @@ from metadist.algorithms.sequence import INSTANCE
 from metadist.experiment import EpisodeSize
 from metadist.worker import Round
 
+EVALUATION_MICROBATCH = 25
+
 
 def evaluation_round(version: int, split: str, episodes: int, tasks_per_microbatch: int, size: EpisodeSize) -> Round:
     """The evaluation of one version on one split: the same episodes for every version and worker count."""

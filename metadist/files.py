@@ -13,7 +13,7 @@ from pathlib import Path
 def write_atomically(path: Path, data: bytes | str) -> None:
     """Writes ``data`` beside ``path``, syncs it and renames it in one step."""
     payload = data.encode() if isinstance(data, str) else data
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".writing", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as f:
             f.write(payload)
@@ -29,11 +29,14 @@ def write_atomically(path: Path, data: bytes | str) -> None:
 
 
 @contextlib.contextmanager
-def whole_directory(path: Path) -> Iterator[Path]:
+def whole_directory(path: Path, replace: bool = False) -> Iterator[Path]:
     """A new directory to fill, which appears as ``path`` only when the block ends without an error.
 
-    Its files are synced before the rename; after an error nothing of it remains. ``path`` must not exist,
-    or be an empty directory.
+    Its files are synced before the rename; after an error nothing of it remains.
+
+    Args:
+        path: must not exist, or be an empty directory, unless it is to be replaced.
+        replace: what ``path`` was gives way; it is moved aside first, so that a kill leaves the old, the new, or none.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
@@ -41,11 +44,25 @@ def whole_directory(path: Path) -> Iterator[Path]:
         yield partial
         os.chmod(partial, 0o777 & ~_umask())
         sync_files(partial)
-        os.rename(partial, path)
+        if replace and path.exists():
+            aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+            os.rename(path, aside)
+            os.rename(partial, path)
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            os.rename(partial, path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     sync_directory(path.parent)
+
+
+def sweep(directory: Path) -> None:
+    """Removes what a process that was killed has left half-written in ``directory``, where nobody else writes."""
+    if directory.is_dir():
+        for path in directory.iterdir():
+            if path.name.startswith(".") and path.name.endswith((".partial", ".writing")):
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def sync_files(path: Path) -> None:

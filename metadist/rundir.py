@@ -6,6 +6,8 @@ import contextlib
 import datetime
 import json
 import os
+import re
+import secrets
 import shutil
 import socket
 from pathlib import Path
@@ -14,7 +16,8 @@ from typing import Any
 from metadist.config import Config, to_yaml, validate
 from metadist.config.load import read_yaml, resolve_overrides
 from metadist.errors import RunDirError
-from metadist.files import write_atomically
+from metadist.files import sweep, write_atomically
+from metadist.storage import Store, open_store
 
 
 class RunDirectory:
@@ -22,6 +25,8 @@ class RunDirectory:
 
     Args:
         path: ``RUN_DIR``.
+
+    ``begun`` says whether there is something to go on from.
     """
 
     def __init__(self, path: Path) -> None:
@@ -29,6 +34,7 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self.config_file = path / "config.yaml"
         self.summary_file = path / "summary.json"
+        self.begun = False
 
     @classmethod
     def create(cls, path: Path | None, name: str) -> RunDirectory:
@@ -65,14 +71,21 @@ class RunDirectory:
         if not path.is_dir():
             raise RunDirError(path, "there is no such run directory", _known_runs())
         run = cls(path)
+        run.begun = True
         if not run.config_file.is_file():
             raise RunDirError(path, "is not a run directory: it holds no config.yaml", _known_runs())
         return run
 
-    def discard(self) -> None:
-        """Removes what :meth:`create` made, as long as no checkpoint was written to it."""
-        if not any(self.checkpoints.iterdir()):
-            shutil.rmtree(self.path, ignore_errors=True)
+    def store(self, config: Config) -> Store:
+        """Where the run's checkpoints lie."""
+        return open_store(config.checkpoint.path or self.checkpoints)
+
+    def discard(self) -> bool:
+        """Removes a run that has written nothing to go on from; whether it did."""
+        if self.begun:
+            return False
+        shutil.rmtree(self.path, ignore_errors=True)
+        return True
 
     def save_config(self, config: Config) -> None:
         """Keeps the resolved config."""
@@ -87,6 +100,16 @@ class RunDirectory:
     def save_summary(self, summary: dict[str, Any]) -> None:
         """Writes ``summary.json``."""
         write_atomically(self.summary_file, json.dumps(summary, indent=2, allow_nan=False) + "\n")
+
+    def wandb_run(self) -> str:
+        """The id of its Weights & Biases run, made up when it is first asked for."""
+        kept = self.path / ".wandb_run"
+        with contextlib.suppress(OSError):
+            if re.fullmatch(r"[0-9a-z]{8}", found := kept.read_text()):
+                return found
+        made = secrets.token_hex(4)
+        write_atomically(kept, made)
+        return made
 
     def load_summary(self) -> dict[str, Any]:
         """The last summary, or nothing."""
@@ -106,6 +129,8 @@ class RunDirectory:
             host, pid = lock.read_text().rsplit(" ", 1)
             if host == socket.gethostname() and int(pid) != os.getpid() and _is_alive(int(pid)):
                 raise RunDirError(self.path, f"process {pid} is writing this run", "wait for it, or stop it first")
+        sweep(self.path)
+        sweep(self.checkpoints)
         write_atomically(lock, f"{socket.gethostname()} {os.getpid()}")
 
     def release(self) -> None:

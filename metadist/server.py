@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from metadist.outer.gradient import Block, TreeSum
+from metadist.algorithms import Algorithm
+from metadist.experiment import Experiment
+from metadist.outer.gradient import Block, Layout, TreeSum
 from metadist.outer.update import MetaUpdate, Prepared
 
 
@@ -140,3 +142,9 @@ class ParameterServer:
             state = {k: torch.from_numpy(np.array(v)) for k, v in snapshot["outer_state"].items()}
             self._update.load(torch.from_numpy(np.array(snapshot["weights"])), state, snapshot["version"])
             self._sum = self._prepared = None
+
+
+def outer_options(experiment: Experiment, learner: Algorithm, layout: Layout) -> dict[str, Any]:
+    """The ``outer`` section, with the sizes of the tensors and the places of what the optimizer is not to move."""
+    rules = {name: rule.__dict__ for name, rule in learner.update_rules().items()}
+    return {**experiment.config.outer.model_dump(), "sizes": layout.sizes, "rules": layout.places(rules)}

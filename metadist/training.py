@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import track
 
 from metadist.algorithms import Algorithm
-from metadist.checkpoint import Checkpoint, check_fits, load_checkpoint, newest_whole_checkpoint, save_checkpoint
-from metadist.errors import ConfigError, MetadistError, RunDirError
-from metadist.evaluation import evaluation_round, summarise
+from metadist.checkpoint import Checkpoint, check_fits, newest_whole_checkpoint, versions_of
+from metadist.checkpoint_writer import CheckpointWriter
+from metadist.config import Config
+from metadist.errors import ConfigError, RunDirError, ServerLostError
+from metadist.evaluation import EVALUATION_MICROBATCH, evaluation_round, summarise
 from metadist.experiment import Experiment
-from metadist.history import UPDATES, UpdateLog, replayed, updates
+from metadist.history import UpdateLog
 from metadist.outer.gradient import Layout, sha256_of
 from metadist.resolve import in_words, resolve
 from metadist.rundir import RunDirectory
@@ -29,19 +27,12 @@ from metadist.runtime.asynchronous import AsynchronousController
 from metadist.runtime.backend import Backend
 from metadist.runtime.controller import Controller, RoundResult, means
 from metadist.runtime.local import LocalBackend
+from metadist.server import outer_options
 from metadist.staleness import Flow
+from metadist.stopping import Interrupted, StopSignals
+from metadist.storage import Store
 from metadist.tracking import ConsoleTracker, JsonlTracker, RunInfo, Trackers, WandbTracker
 from metadist.worker import Round, training_round
-
-_EVALUATION_MICROBATCH = 25
-
-
-class Interrupted(Exception):
-    """The run was asked to stop; it has written a checkpoint. ``signum`` says by what."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(f"signal {signum}")
-        self.signum = signum
 
 
 @dataclass
@@ -55,29 +46,28 @@ class Progress:
     restarts: dict[str, int] = field(default_factory=lambda: {"worker": 0, "server": 0, "driver": 0})
     wandb_run: str | None = None
     flow: dict[str, Any] | None = None
+    evaluated: int = 0
+    best: dict[str, Any] | None = None
 
 
-def train(experiment: Experiment, run_dir: Path | None = None) -> RunDirectory:
+def train(experiment: Experiment, run_dir: Path | None = None, adopt: bool = False) -> RunDirectory:
     """Meta-trains from the start.
 
     Args:
         experiment: what to run.
         run_dir: a directory that does not exist; None makes ``runs/NAME-TIME``.
+        adopt: go on from what ``checkpoint.path`` holds, if it holds something: of a run whose directory is gone.
 
     Returns:
         The run directory, with summary, report and checkpoints in it.
 
     Raises:
         MetadistError: what a user can mend; nothing half-written stays behind.
-        Interrupted: the run was stopped and can be resumed.
+        Interrupted: the run was stopped; it can be resumed if it says so.
     """
     run = RunDirectory.create(run_dir, experiment.config.name)
-    try:
-        with _Training(experiment, run) as training:
-            training.run_all(None)
-    except BaseException:
-        run.discard()
-        raise
+    with _kept_if_begun(run, experiment.config), _Training(experiment, run) as training:
+        training.run_all(*_from_elsewhere(run.store(experiment.config), experiment.config, adopt))
     return run
 
 
@@ -85,15 +75,42 @@ def resume(run_dir: Path, overrides: tuple[str, ...] = (), stand_ins: dict[str, 
     """Goes on from the newest whole checkpoint of a run; see :func:`train`."""
     run = RunDirectory.open(run_dir)
     experiment = Experiment(run.load_config(overrides), **(stand_ins or {}))
-    try:
-        checkpoint, faults = newest_whole_checkpoint(run.checkpoints)
-    except MetadistError as e:
-        if e.problem != "holds no whole checkpoint":
-            raise
-        checkpoint, faults = None, []
-    with _Training(experiment, run) as training:
-        training.run_all(checkpoint, faults)
+    with _kept_if_begun(run, experiment.config), _Training(experiment, run) as training:
+        training.run_all(*_newest(run.store(experiment.config)))
     return run
+
+
+@contextlib.contextmanager
+def _kept_if_begun(run: RunDirectory, config: Config) -> Iterator[None]:
+    """Leaves a run that has ended early only where it can be resumed, and says so."""
+    try:
+        yield
+    except BaseException as e:
+        kept = not run.discard()
+        if kept and isinstance(e, Interrupted):
+            e.run_dir = run.path
+        raise
+
+
+def _newest(store: Store) -> tuple[Checkpoint | None, list[str]]:
+    """What a run is resumed from: nothing, if it was killed before its first checkpoint."""
+    return newest_whole_checkpoint(store) if versions_of(store) else (None, [])
+
+
+def _from_elsewhere(store: Store, config: Config, adopt: bool) -> tuple[Checkpoint | None, list[str]]:
+    if config.checkpoint.path is None or not versions_of(store):
+        return None, []
+    if adopt:
+        return newest_whole_checkpoint(store)
+    raise ConfigError(
+        "checkpoint.path",
+        f"is {config.checkpoint.path}, which holds checkpoints of another run",
+        "name another place, or go on with that run: `metadist train --resume-if-exists`",
+    )
+
+
+def _progress_of(checkpoint: Checkpoint) -> Progress:
+    return Progress(**{k: v for k, v in checkpoint.progress.items() if k in Progress.__dataclass_fields__})
 
 
 def open_backend(experiment: Experiment) -> Backend:
@@ -109,12 +126,6 @@ def open_backend(experiment: Experiment) -> Backend:
     return RayBackend(experiment)
 
 
-def outer_options(experiment: Experiment, learner: Algorithm, layout: Layout) -> dict[str, Any]:
-    """The ``outer`` section, with the sizes of the tensors and the places of what the optimizer is not to move."""
-    rules = {name: rule.__dict__ for name, rule in learner.update_rules().items()}
-    return {**experiment.config.outer.model_dump(), "sizes": layout.sizes, "rules": layout.places(rules)}
-
-
 class _Training:
     """One process's part of a run."""
 
@@ -128,14 +139,20 @@ class _Training:
         self.decided, self.memory, self.programs = decided, 0, 0
         self.progress = Progress()
         self.backend: Backend | None = None
+        self.store = run.store(self.config)
+        self.stop = StopSignals()
 
     def __enter__(self) -> _Training:
+        self.stop.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.backend is not None:
-            self.backend.close()
-        self.experiment.close()
+        try:
+            if self.backend is not None:
+                self.backend.close()
+            self.experiment.close()
+        finally:
+            self.stop.__exit__()
 
     def _about_the_engine(self) -> Iterator[str]:
         """What a person should know of how tasks are computed."""
@@ -149,7 +166,7 @@ class _Training:
 
     # ----------------------------------------------------------------- from start to end
 
-    def run_all(self, checkpoint: Checkpoint | None, faults: list[str] | None = None) -> None:
+    def run_all(self, checkpoint: Checkpoint | None, faults: list[str]) -> None:
         """Trains from ``checkpoint`` to the last step, evaluates and reports."""
         started = time.perf_counter()
         # Whatever can be refused is refused before anything is written.
@@ -160,7 +177,7 @@ class _Training:
         self.backend = open_backend(self.experiment)
         self.run.claim()
         try:
-            self._run(snapshot, content_id, faults or [], started, resumed=checkpoint is not None)
+            self._run(snapshot, content_id, faults, started, resumed=checkpoint is not None)
         finally:
             self.run.release()
 
@@ -172,6 +189,10 @@ class _Training:
         self.backend.start(snapshot, outer_options(self.experiment, self.learner, self.layout))
         self.run.save_config(self.config)
         wandb = self._start_trackers(snapshot["version"])
+        self.writer = CheckpointWriter(
+            self.store, self.layout, self.config.model_dump(mode="json"), content_id, self.config.checkpoint,
+            self.trackers.message,
+        )  # fmt: skip
         code = 1
         summary: dict[str, Any] = {}
         try:
@@ -187,15 +208,45 @@ class _Training:
                 )
             self.controller = self._controller(snapshot["version"])
             if not resumed:
-                self._checkpoint(snapshot)
-            self._steps(snapshot["version"])
-            summary = self._conclude()
+                self._checkpoint(snapshot, last=True)  # a place that cannot be written is found now
+            self.run.begun = True
+            summary = self._through(snapshot["version"])
             code = 0
         except Interrupted as e:
             code = 128 + e.signum
             raise
         finally:
+            self.writer.close()
             self.trackers.finish(summary, code)
+
+    def _through(self, version: int) -> dict[str, Any]:
+        """The steps and the conclusion; from the last checkpoint again, as often as the server is lost."""
+        while True:
+            try:
+                self._steps(version)
+                return self._conclude()
+            except ServerLostError as e:
+                version = self._restore(e)
+
+    def _restore(self, error: ServerLostError) -> int:
+        """Goes back to the newest whole checkpoint, with the workers there are; returns its version."""
+        assert self.backend is not None
+        self.writer.settle()
+        checkpoint, faults = newest_whole_checkpoint(self.store)
+        self.backend.restore(checkpoint.snapshot, error)
+        totals = self._totals()
+        self.progress = replace(
+            _progress_of(checkpoint),
+            wall_s=self.progress.wall_s, restarts=self.progress.restarts, releases=self.progress.releases,
+            wandb_run=totals.wandb_run,
+        )  # fmt: skip
+        self.trackers.rewind(checkpoint.version)
+        for fault in faults:
+            self.trackers.message(f"passed over a damaged checkpoint: {fault}")
+        self.trackers.message(f"{error.where} {error.problem}; going on from step {checkpoint.version}")
+        earlier, self.controller = self.controller, self._controller(checkpoint.version)
+        self.controller.take_over(earlier)
+        return checkpoint.version
 
     def _controller(self, version: int) -> Controller:
         """What gathers updates: those of whole meta-batches, or of what comes first. The latter two keep a log."""
@@ -239,8 +290,7 @@ class _Training:
                 f"is at step {checkpoint.version}, past outer.steps={self.config.outer.steps}",
                 f"raise it: `metadist resume {self.run.path} outer.steps=...`",
             )
-        known = {k: v for k, v in checkpoint.progress.items() if k in Progress.__dataclass_fields__}
-        self.progress = Progress(**known)
+        self.progress = _progress_of(checkpoint)
         self.progress.restarts["driver"] = self.progress.restarts.get("driver", 0) + 1
         return checkpoint.snapshot
 
@@ -258,6 +308,8 @@ class _Training:
             w = tracking.wandb
             wandb = WandbTracker(mode=w.mode, project=w.project, entity=w.entity, tags=w.tags)
             members.append(wandb)
+            # Known before the client is: a run that is killed at once is the same one afterwards.
+            self.progress.wandb_run = self.progress.wandb_run or self.run.wandb_run()
         if tracking.console:
             members.append(ConsoleTracker())
         self.trackers = Trackers(members)
@@ -273,41 +325,53 @@ class _Training:
     # ----------------------------------------------------------------- the loop
 
     def _steps(self, version: int) -> None:
-        """Rounds until the last step. The next round is given out before the last one is written down."""
-        with _StopSignals() as stop:
-            if version < self.config.outer.steps:
-                self.controller.begin(self._round(version))
+        """Rounds until the last step."""
+        if self._evaluates(version) and self.progress.evaluated < version:
+            self._validate(version)  # the run was stopped before it
+        with self.stop.after_the_step():
             while version < self.config.outer.steps:
-                result = self.controller.finish()
-                assert self.backend is not None
-                before = time.perf_counter()
-                stats = self.backend.commit(version, result.tasks, result.slots)
-                self.controller.committed()
-                server_s = time.perf_counter() - before
-                version += 1
-                due = self._due(version, stop.signum is not None)
-                snapshot = self.backend.snapshot() if due["checkpoint"] else None
-                if version < self.config.outer.steps and not due["evaluate"] and stop.signum is None:
-                    self.controller.begin(self._round(version))
-                self._record(version, result, stats, server_s)
-                if snapshot is not None:
-                    self._checkpoint(snapshot)
-                if stop.signum is not None:
-                    raise Interrupted(stop.signum)
-                if due["evaluate"]:
-                    self._evaluate(
-                        version, self.config.evaluation.validation_split, self.config.evaluation.validation_episodes
-                    )
-                    if version < self.config.outer.steps:
-                        self.controller.begin(self._round(version))
+                version = self._step(version)
+                if self.stop.signum is not None:
+                    raise Interrupted(self.stop.signum)
 
-    def _due(self, version: int, stopping: bool) -> dict[str, bool]:
-        last = version == self.config.outer.steps
+    def _step(self, version: int) -> int:
+        """Makes the next version. The round after it is given out before it is written down."""
+        assert self.backend is not None
+        round = self._round(version)
+        if self.controller.begun != round:
+            self.controller.begin(round)
+        result = self.controller.finish()
+        before = time.perf_counter()
+        stats = self.backend.commit(version, result.tasks, result.slots)
+        self.controller.committed()
+        server_s = time.perf_counter() - before
+        version += 1
+        last, stopping = version == self.config.outer.steps, self.stop.signum is not None
+        evaluates = self._evaluates(version) and not stopping
+        keeps = stopping or last or version % self.config.checkpoint.every == 0
+        snapshot = self.backend.snapshot() if keeps or evaluates else None
+        if not (last or stopping or evaluates):
+            self.controller.begin(self._round(version))
+        self._record(version, result, stats, server_s)
+        best = self._validate(version) if evaluates else False
+        if snapshot is not None and (keeps or best):
+            self._checkpoint(snapshot, best, last=last or stopping)
+        return version
+
+    def _evaluates(self, version: int) -> bool:
         every = self.config.evaluation.every
-        return {
-            "checkpoint": stopping or last or version % self.config.checkpoint.every == 0,
-            "evaluate": bool(every) and version % every == 0 and not stopping,
-        }
+        return bool(every) and version > 0 and version % every == 0
+
+    def _validate(self, version: int) -> bool:
+        """An evaluation during training; whether it is the best so far."""
+        evaluation = self.config.evaluation
+        found = self._evaluate(version, evaluation.validation_split, evaluation.validation_episodes)
+        self.progress.evaluated, best = version, self.progress.best
+        sign = 1 if self.learner.objective.higher_is_better else -1
+        if best is not None and sign * found["mean"] <= sign * best["mean"]:
+            return False
+        self.progress.best = {"version": version, "mean": found["mean"], "split": found["split"]}
+        return True
 
     def _round(self, version: int) -> Round:
         return training_round(self.experiment, version, self.learner.tasks_held_for)
@@ -354,23 +418,14 @@ class _Training:
 
     def _evaluate(self, version: int, split: str, episodes: int) -> dict[str, Any]:
         size = self.experiment.evaluation_size
-        round = evaluation_round(version, split, episodes, _EVALUATION_MICROBATCH, size)
+        round = evaluation_round(version, split, episodes, EVALUATION_MICROBATCH, size)
         result = self.controller.run(round)
         summary = summarise(result.metrics, self.metric, split, self.learner.model.batchnorm)
         self.trackers.log_evaluation(version, summary)
         return summary
 
-    def _checkpoint(self, snapshot: dict[str, Any]) -> None:
-        config = self.config
-        save_checkpoint(
-            self.run.checkpoints,
-            snapshot,
-            self.layout,
-            config.model_dump(mode="json"),
-            self.content_id,
-            self._totals().__dict__,
-            config.checkpoint.keep,
-        )
+    def _checkpoint(self, snapshot: dict[str, Any], best: bool = False, last: bool = False) -> None:
+        self.writer.write(snapshot, asdict(self._totals()), best, last)
 
     def _totals(self) -> Progress:
         assert self.backend is not None
@@ -380,7 +435,7 @@ class _Training:
         releases = p.releases + (self.controller.releases if hasattr(self, "controller") else 0)
         controller = getattr(self, "controller", None)
         flow = controller.flow.state() if isinstance(controller, AsynchronousController) else None
-        return Progress(p.tasks_seen, wall, p.train_s, releases, restarts, p.wandb_run, flow)
+        return replace(p, wall_s=wall, releases=releases, restarts=restarts, flow=flow)
 
     # ----------------------------------------------------------------- the end
 
@@ -405,6 +460,8 @@ class _Training:
             "evaluation": result,
             "restarts": totals.restarts,
             "releases": totals.releases,
+            "best": totals.best,
+            "checkpoints_failed": self.writer.failed,
             "wandb_run": totals.wandb_run,
             "content_id": self.content_id,
             "runtime": {
@@ -432,93 +489,3 @@ class _Training:
         self.trackers.log_picture("learning_curve", self.run.path / CURVE)
         if picture is not None:
             self.trackers.log_picture("episodes", picture)
-
-
-class _StopSignals(contextlib.AbstractContextManager["_StopSignals"]):
-    """Ctrl-C and SIGTERM finish the step; a second one leaves at once."""
-
-    signum: int | None = None
-
-    def __enter__(self) -> _StopSignals:
-        self._old = {}
-        with contextlib.suppress(ValueError):  # not the main thread: leave signals to whoever owns them
-            for s in (signal.SIGINT, signal.SIGTERM):
-                self._old[s] = signal.signal(s, self._on_signal)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for s, handler in self._old.items():
-            signal.signal(s, handler)
-
-    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-        if self.signum is not None:
-            raise Interrupted(signum)
-        self.signum = signum
-
-
-def evaluate(run_dir: Path, episodes: int | None = None, stand_ins: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The evaluation of a run's newest checkpoint, computed in this process."""
-    learner, experiment, checkpoint = load_learner(run_dir, stand_ins)
-    config = experiment.config.evaluation
-    count = episodes or config.episodes
-    size = experiment.evaluation_size
-    round = evaluation_round(checkpoint.version, config.split, count, _EVALUATION_MICROBATCH, size)
-    source = experiment.source(config.split, size)
-    pieces: dict[str, list[np.ndarray]] = {}
-    dtype = next(iter(checkpoint.meta_params.values())).dtype
-    for m in range(round.microbatches):
-        batch = source.episodes(experiment.config.seed, round.stream, round.episodes(m))
-        with torch.no_grad():
-            for name, values in learner.evaluate(checkpoint.meta_params, batch.to("cpu", dtype)).items():
-                pieces.setdefault(name, []).append(values.double().numpy().reshape(-1))
-    metrics = {k: np.concatenate(v) for k, v in pieces.items()}
-    result = summarise(metrics, learner.objective.metric, config.split, learner.model.batchnorm)
-    return {"run_dir": str(run_dir), "version": checkpoint.version, **result}
-
-
-def replay(run_dir: Path, version: int | None = None) -> dict[str, Any]:
-    """Makes an asynchronous run's weights again from its log of updates, in this process.
-
-    The options are those of the run's config: a run whose schedule or optimizer was changed at a resume cannot be made
-    again.
-
-    Args:
-        run_dir: the run's directory.
-        version: as far as this one, of which there must be a checkpoint; None: the newest.
-
-    Returns:
-        ``run_dir, version, meta_params_sha256, same``: whether they are the bits of the checkpoint.
-
-    Raises:
-        RunDirError: there is no log, it is cut, or it does not reach the version.
-    """
-    run = RunDirectory.open(run_dir)
-    log = updates(run_dir)
-    if version is None:
-        checkpoint, _ = newest_whole_checkpoint(run.checkpoints)
-    else:
-        checkpoint = load_checkpoint(run.checkpoints / f"{version:08d}")
-    if not 0 < checkpoint.version <= len(log):
-        found = f"has {len(log)} updates, but the checkpoint is of version {checkpoint.version}"
-        raise RunDirError(run_dir / UPDATES, found, "name a version that both have")
-    experiment = Experiment(run.load_config())
-    learner = experiment.learner()
-    options = outer_options(experiment, learner, Layout.of(learner.initial_meta_params()))
-    last: dict[str, torch.Tensor] = {}
-    steps = replayed(experiment, options, log[: checkpoint.version])
-    for _, made in track(steps, "replaying", checkpoint.version, console=Console(stderr=True), transient=True):
-        last = made
-    digest = sha256_of(last)
-    same = digest == sha256_of(checkpoint.meta_params)
-    return {"run_dir": str(run_dir), "version": checkpoint.version, "meta_params_sha256": digest, "same": same}
-
-
-def load_learner(run_dir: Path, stand_ins: dict[str, Any] | None = None) -> tuple[Algorithm, Experiment, Checkpoint]:
-    """The learner of a run with its newest checkpoint."""
-    run = RunDirectory.open(run_dir)
-    experiment = Experiment(run.load_config(), **(stand_ins or {}))
-    torch.set_num_threads(experiment.config.runtime.threads_per_worker)
-    checkpoint, _ = newest_whole_checkpoint(run.checkpoints)
-    learner = experiment.learner()
-    check_fits(checkpoint, Layout.of(learner.initial_meta_params()), None, run_dir)
-    return learner, experiment, checkpoint

@@ -220,8 +220,9 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_version(tmp_path):
     failed = int(re.search(r"step (\d+): the loss", result.output)[1])
     assert version == failed - 1, "the last good version is the one before the failed step"
     from metadist.checkpoint import load_checkpoint
+    from metadist.storage import FolderStore
 
-    held = load_checkpoint(run_dir / "checkpoints" / f"{version:08d}")
+    held = load_checkpoint(FolderStore(run_dir / "checkpoints"), version)
     assert all(np.isfinite(t.numpy()).all() for t in held.meta_params.values())
 
 

@@ -16,11 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from metadist import checkpoint as checkpoints
-from metadist.checkpoint import check_fits, load_checkpoint, newest_whole_checkpoint, save_checkpoint
+from metadist.checkpoint import Checkpoint, check_fits, load_checkpoint, newest_whole_checkpoint, save_checkpoint
 from metadist.config.schema import OuterConfig
 from metadist.errors import CheckpointError
 from metadist.outer import Block, Layout, sha256_of
 from metadist.server import ParameterServer
+from metadist.storage import FolderStore
 
 FILES = ("meta_params.safetensors", "outer_state.safetensors", "state.json")
 PARAMS = {"w": torch.tensor([[0.1, -0.0], [1e-42, 3.0]]), "b": torch.tensor([1 / 3, 2.0])}
@@ -40,7 +41,17 @@ def trained(steps: int, params: dict[str, torch.Tensor] = PARAMS) -> ParameterSe
 
 def save(directory: Path, steps: int, params: dict[str, torch.Tensor] = PARAMS, keep: int = 3) -> Path:
     snapshot = trained(steps, params).snapshot()
-    return save_checkpoint(directory, snapshot, Layout.of(params), CONFIG, "data-one", {"tasks_seen": 7 * steps}, keep)
+    progress = {"tasks_seen": 7 * steps}
+    save_checkpoint(FolderStore(directory), snapshot, Layout.of(params), CONFIG, "data-one", progress, keep)
+    return directory / f"{steps:08d}"
+
+
+def load(path: Path) -> Checkpoint:
+    return load_checkpoint(FolderStore(path.parent), int(path.name))
+
+
+def newest(directory: Path) -> tuple[Checkpoint, list[str]]:
+    return newest_whole_checkpoint(FolderStore(directory))
 
 
 def listing(directory: Path) -> list[str]:
@@ -58,7 +69,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("steps", [0, 4])
 def test_every_bit_comes_back(tmp_path: Path, steps: int, params: dict[str, torch.Tensor]) -> None:
     wanted = trained(steps, params).snapshot()
-    got = load_checkpoint(save(tmp_path, steps, params))
+    got = load(save(tmp_path, steps, params))
     assert got.version == got.snapshot["version"] == steps
     assert got.snapshot["weights"].tobytes() == wanted["weights"].tobytes()
     assert got.snapshot["weights"].dtype == wanted["weights"].dtype
@@ -73,7 +84,7 @@ def test_every_bit_comes_back(tmp_path: Path, steps: int, params: dict[str, torc
 
 @pytest.mark.parametrize("params", [PARAMS, MIXED], ids=["float32", "mixed"])
 def test_training_goes_on_as_if_nothing_had_been(tmp_path: Path, params: dict[str, torch.Tensor]) -> None:
-    snapshot = load_checkpoint(save(tmp_path, 3, params)).snapshot
+    snapshot = load(save(tmp_path, 3, params)).snapshot
     server = ParameterServer(snapshot["weights"], OPTIONS, snapshot["version"])
     server.restore(snapshot)
     gradient = np.random.default_rng(3).normal(size=Layout.of(params).numel)
@@ -85,9 +96,7 @@ def test_the_files_are_the_contracts(tmp_path: Path) -> None:
     path = save(tmp_path, 5)
     assert path == tmp_path / "00000005" and listing(path) == sorted(FILES)
     assert (tmp_path / "latest").read_text() == "00000005\n"
-    assert json.loads((path / "state.json").read_text())["meta_params_sha256"] == sha256_of(
-        load_checkpoint(path).meta_params
-    )
+    assert json.loads((path / "state.json").read_text())["meta_params_sha256"] == sha256_of(load(path).meta_params)
 
 
 def test_the_newest_are_kept(tmp_path: Path) -> None:
@@ -102,7 +111,7 @@ def test_damaged_later_versions_do_not_crowd_out_the_whole_ones(tmp_path: Path) 
     for damaged in ("00000005", "00000006"):
         (tmp_path / damaged / "state.json").unlink()
     save(tmp_path, 2, keep=2)
-    assert newest_whole_checkpoint(tmp_path)[0].version == 2
+    assert newest(tmp_path)[0].version == 2
 
 
 def test_a_damaged_checkpoint_of_the_same_version_is_replaced(tmp_path: Path) -> None:
@@ -122,7 +131,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def damaged(whole: Path, name: str, change: Callable[[bytearray], Any]) -> Path:
     """A copy of a whole checkpoint with one file changed."""
-    copy = whole.parent / "copy"
+    copy = whole.parent / "copy" / whole.name
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(whole, copy)
     data = bytearray((copy / name).read_bytes())
@@ -142,7 +151,7 @@ def test_any_altered_byte_is_refused_by_name(whole: Path, name: str, where: floa
         data[int(where * len(data))] ^= bits
 
     with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
-        load_checkpoint(damaged(whole, name, flip))
+        load(damaged(whole, name, flip))
 
 
 @SHARED
@@ -152,31 +161,37 @@ def test_any_truncation_is_refused_by_name(whole: Path, name: str, where: float)
         del data[int(where * len(data)) :]
 
     with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
-        load_checkpoint(damaged(whole, name, cut))
+        load(damaged(whole, name, cut))
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_appended_bytes_and_a_missing_file_are_refused_by_name(whole: Path, name: str) -> None:
     copy = damaged(whole, name, lambda data: data.extend(b" "))
     with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
-        load_checkpoint(copy)
+        load(copy)
     (copy / name).unlink()
     with pytest.raises(CheckpointError, match=rf"{name}: cannot be read".replace(".", r"\.")):
-        load_checkpoint(copy)
+        load(copy)
 
 
 def test_files_of_two_checkpoints_do_not_mix(tmp_path: Path) -> None:
     first, second = save(tmp_path, 1), save(tmp_path, 2)
     shutil.copy(first / FILES[0], second / FILES[0])
     with pytest.raises(CheckpointError, match="its checksum differs"):
-        load_checkpoint(second)
+        load(second)
 
 
 def test_a_newer_schema_is_refused_with_both_names(tmp_path: Path) -> None:
     path = save(tmp_path, 1) / "state.json"
     path.write_text(path.read_text().replace("metadist.checkpoint/1", "metadist.checkpoint/2"))
     with pytest.raises(CheckpointError, match="schema 'metadist.checkpoint/2', this version reads .*/1"):
-        load_checkpoint(path.parent)
+        load(path.parent)
+
+
+def test_a_checkpoint_in_the_place_of_another_is_refused(tmp_path: Path) -> None:
+    save(tmp_path, 1).rename(tmp_path / "00000009")
+    with pytest.raises(CheckpointError, match="is of version 1, but lies where 9 belongs"):
+        load(tmp_path / "00000009")
 
 
 def test_a_damaged_newest_is_passed_over_and_named(tmp_path: Path) -> None:
@@ -184,7 +199,7 @@ def test_a_damaged_newest_is_passed_over_and_named(tmp_path: Path) -> None:
         save(tmp_path, steps)
     (tmp_path / "00000003" / FILES[1]).write_bytes(b"cut")
     (tmp_path / "00000002" / FILES[2]).write_text("{}")
-    found, faults = newest_whole_checkpoint(tmp_path)
+    found, faults = newest(tmp_path)
     assert found.version == 1
     assert [f"{v}/{name}" in fault for fault, v, name in zip(faults, ("00000003", "00000002"), FILES[1:], strict=True)]
     assert "00000003/outer_state.safetensors: holds 3 bytes" in faults[0] and "00000002/state.json" in faults[1]
@@ -193,17 +208,17 @@ def test_a_damaged_newest_is_passed_over_and_named(tmp_path: Path) -> None:
 def test_a_missing_or_wrong_latest_does_not_matter(tmp_path: Path) -> None:
     save(tmp_path, 2)
     (tmp_path / "latest").write_text("99999999\n")
-    assert newest_whole_checkpoint(tmp_path)[0].version == 2
+    assert newest(tmp_path)[0].version == 2
     (tmp_path / "latest").unlink()
-    assert newest_whole_checkpoint(tmp_path)[0].version == 2
+    assert newest(tmp_path)[0].version == 2
 
 
 def test_no_whole_checkpoint_says_what_is_wrong_with_each(tmp_path: Path) -> None:
     (save(tmp_path, 1) / FILES[0]).unlink()
     with pytest.raises(CheckpointError, match=r"(?s)holds no whole checkpoint.*00000001/meta_params.safetensors"):
-        newest_whole_checkpoint(tmp_path)
+        newest(tmp_path)
     with pytest.raises(CheckpointError, match="holds no whole checkpoint"):
-        newest_whole_checkpoint(tmp_path / "nowhere")
+        newest(tmp_path / "nowhere")
 
 
 # --------------------------------------------------------------------------- another model, other data
@@ -223,11 +238,11 @@ def test_no_whole_checkpoint_says_what_is_wrong_with_each(tmp_path: Path) -> Non
 )
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, model: dict[str, torch.Tensor], named: str) -> None:
     with pytest.raises(CheckpointError, match="runs/x: is of another model: .*" + named):
-        check_fits(load_checkpoint(save(tmp_path, 1)), Layout.of(model), None, "runs/x")
+        check_fits(load(save(tmp_path, 1)), Layout.of(model), None, "runs/x")
 
 
 def test_other_data_is_refused_and_unnamed_data_is_not(tmp_path: Path) -> None:
-    checkpoint, layout = load_checkpoint(save(tmp_path, 1)), Layout.of(PARAMS)
+    checkpoint, layout = load(save(tmp_path, 1)), Layout.of(PARAMS)
     with pytest.raises(CheckpointError, match="was trained on data data-one, but tasks now name data-two; point tasks"):
         check_fits(checkpoint, layout, "data-two", "runs/x")
     for content_id in ("data-one", None):
@@ -268,7 +283,7 @@ def test_a_failed_write_leaves_the_earlier_one_whole(
     assert contents(tmp_path / "00000001") == before
     assert (tmp_path / "latest").read_text() == "00000001\n"
     save(tmp_path, 2)
-    assert newest_whole_checkpoint(tmp_path)[0].version == 2
+    assert newest(tmp_path)[0].version == 2
 
 
 def test_an_interrupt_leaves_no_partial_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

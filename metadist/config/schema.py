@@ -6,8 +6,9 @@ The first line of a class docstring is what ``metadist check --list`` prints for
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import ByteSize, Discriminator, Field, Tag, model_validator
+from pydantic import ByteSize, Discriminator, Field, Tag, field_validator, model_validator
 
 from metadist.config.algorithms import AlgorithmConfig
 from metadist.config.section import CustomConfig, Fraction, Natural, Positive, PythonConfig, Rate, Section
@@ -285,8 +286,8 @@ class RuntimeConfig(Section):
     topology: Literal["server", "allreduce", "allreduce_unordered"] = Field(
         "server",
         description="who makes the update: a parameter server; or the workers between them, by torch.distributed, "
-        "for a fixed number of them (when one dies the run ends, and is resumed): in the server's order, with the same "
-        "bits, or in any order, which is not reproducible",
+        "for a fixed number of them (when one dies the run goes back to its last checkpoint): in the server's order, "
+        "with the same bits, or in any order, which is not reproducible",
     )
     server_shards: Positive = Field(
         1, description="actors that the parameter server is cut into, for models of 100 MB and more; changes no bit"
@@ -316,7 +317,16 @@ class RuntimeConfig(Section):
         "answer. Microbatches that are merely late are given to idle workers as well, by what the run has learned",
     )
     worker_logs: bool = Field(False, description="show what workers print")
-    max_worker_restarts: Natural = Field(20, description="dead workers replaced before the run gives up")
+    server_timeout_s: Rate = Field(
+        300.0, description="silence after which a server shard is taken to hang, and restored from the last checkpoint"
+    )
+    max_worker_restarts: Natural = Field(
+        20, description="workers that may die within restart_window_s before the run gives up"
+    )
+    max_server_restarts: Natural = Field(
+        5, description="times the server may be lost within restart_window_s before the run gives up"
+    )
+    restart_window_s: Rate = Field(3600.0, description="seconds over which deaths are counted")
 
     @model_validator(mode="after")
     def _one_mode(self) -> RuntimeConfig:
@@ -359,7 +369,20 @@ class CheckpointConfig(Section):
     """When committed versions are written."""
 
     every: Positive = Field(500, description="steps between checkpoints")
-    keep: Positive = Field(3, description="checkpoints kept, the newest")
+    keep: Positive = Field(3, description="checkpoints kept, the newest; the best of the evaluations is kept besides")
+    path: str | None = Field(
+        None, description="a folder, or a URL that fsspec knows (s3://bucket/run); null: RUN_DIR/checkpoints"
+    )
+    on_error: Literal["continue", "stop"] = Field(
+        "continue", description="what a checkpoint that cannot be written means, of a full disk say; the last must be"
+    )
+
+    @field_validator("path")
+    @classmethod
+    def _no_password(cls, value: str | None) -> str | None:
+        if value is not None and "://" in value and urlsplit(value).password:
+            raise ValueError("holds a password, which would be kept with the run; give it by the environment")
+        return value
 
 
 class WandbConfig(Section):

@@ -35,7 +35,7 @@ class AsynchronousController(Controller):
 
     def begin(self, round: Round) -> None:
         """Goes on with the update of ``round.version``, or begins an evaluation."""
-        self._gathering = round.kind == "train"
+        self.begun, self._gathering = round, round.kind == "train"
         if not self._gathering:
             super().begin(round)
             return
@@ -78,7 +78,7 @@ class AsynchronousController(Controller):
 
     def _lost(self, worker: int) -> int:
         lease, _ = self._asked.get(worker, (None, 0.0))
-        if lease is None or lease.round.kind != "train":
+        if lease is None or lease.round.kind != "train" or lease.number < self._first_lease:
             return super()._lost(worker)
         self.flow.give_back([microbatch_of(lease)])
         return 1

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from metadist.errors import ServerLostError
 from metadist.worker import Lease, Report
 
 # glibc hands large temporaries back to the system at once and pays for them again at each step.
@@ -108,6 +109,17 @@ class Backend(Protocol):
             version: the server's.
             tasks: over how many the mean is taken; weighted ones count for their weight.
             slots: the places in the sum that are filled, if not all are.
+        """
+
+    def restore(self, snapshot: dict[str, Any], error: ServerLostError) -> None:
+        """Brings up the server again, at a snapshot; workers that compute go on, for answers that nobody waits for.
+
+        Args:
+            snapshot: of a version the run goes back to.
+            error: that the server was lost with.
+
+        Raises:
+            ClusterError: it was lost too often.
         """
 
     def snapshot(self) -> dict[str, Any]:

@@ -93,6 +93,22 @@ class Controller:
         self.releases = 0
         self._next_lease = 0
         self._asked: dict[int, tuple[Lease, float]] = {}
+        self._first_lease = 0
+        self._ledger = Ledger(Round("train", 0, "", "", 0, 0, 1))
+        self.begun: Round | None = None
+
+    def take_over(self, earlier: Controller) -> None:
+        """Goes on in place of a controller whose update is given up: what it has asked for is no longer wanted.
+
+        Its workers are known, and who is silent is still minded.
+        """
+        self.pace, self.releases = earlier.pace, earlier.releases
+        there = self.backend.workers()
+        self._asked = {worker: asked for worker, asked in earlier._asked.items() if worker in there}
+        self._next_lease = self._first_lease = earlier._unused_lease()
+
+    def _unused_lease(self) -> int:
+        return max(self._next_lease, self._ledger.next_number)
 
     def run(self, round: Round) -> RoundResult:
         """Computes every microbatch of a round, whoever dies on the way.
@@ -106,6 +122,7 @@ class Controller:
 
     def begin(self, round: Round) -> None:
         """Gives out a round's first leases; :meth:`finish` must follow."""
+        self.begun = round
         self._ledger = Ledger(round, self._next_lease, self.quorum if round.kind == "train" else 1.0)
         self._started = self.clock()
         self._reports: dict[int, tuple[int, Report]] = {}
@@ -214,6 +231,9 @@ class Controller:
             self.pace.note(lease.round.kind, event.worker, lease.stop - lease.start, self.clock() - since)
         if lease is None or lease.number != event.report.lease.number:
             return  # heard of already
+        if lease.number < self._first_lease:
+            self.backend.drop(lease)
+            return
         self._answered(event.worker, event.report)
 
     def _answered(self, worker: int, report: Report) -> None:

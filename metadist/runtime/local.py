@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from metadist.errors import ServerLostError
 from metadist.experiment import Experiment
 from metadist.outer.gradient import Block, placed
 from metadist.runtime.backend import Computed, Died, Event
@@ -68,6 +69,9 @@ class LocalBackend:
     def commit(self, version: int, tasks: float, slots: Sequence[int] | None = None) -> dict[str, float]:
         self._weights, stats = self._server.commit(version, tasks, slots=slots)
         return stats
+
+    def restore(self, snapshot: dict[str, Any], error: ServerLostError) -> None:
+        raise AssertionError("the server of this process is never lost")
 
     def snapshot(self) -> dict[str, Any]:
         return self._server.snapshot()

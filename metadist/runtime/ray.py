@@ -19,12 +19,13 @@ from ray.actor import ActorHandle
 from ray.exceptions import ActorDiedError, RayError, RayTaskError
 
 from metadist.config.schema import WorkersRange
-from metadist.errors import ClusterError, MetadistError, first_line
+from metadist.errors import ClusterError, MetadistError, ServerLostError, first_line
 from metadist.experiment import Experiment
 from metadist.outer.gradient import Block
 from metadist.runtime.backend import Computed, Died, Event, Joined, Left
 from metadist.runtime.cluster import connect, draining_nodes, plan_workers
 from metadist.runtime.ray_server import RayServer, cause_of, kill, server_is_gone
+from metadist.runtime.recovery import GiveUp, Kind, Limits, Loss, Losses
 from metadist.worker import Lease, LeaseWorker, MetaWorker, Report
 
 _START_TIMEOUT_S = 300.0
@@ -93,7 +94,11 @@ class RayBackend:
         self._answered: dict[int, tuple[Handle, list[ObjectRef]]] = {}
         self._membership_seen = 0.0
         self._next_worker = 0
-        self._restarts = {"worker": 0, "server": 0}
+        limits = Limits(
+            self._runtime.max_worker_restarts, self._runtime.max_server_restarts, self._runtime.restart_window_s
+        )
+        self._losses = Losses(limits)
+        self._unwanted: set[int] = set()
         self._server: RayServer | None = None
         self._started_here = connect(self._runtime)
         try:
@@ -103,7 +108,7 @@ class RayBackend:
             raise
 
     def start(self, snapshot: dict[str, Any], outer: dict[str, Any]) -> None:
-        self._experiment_ref = ray.put(self._experiment)
+        self._experiment_ref, self._outer = ray.put(self._experiment), outer
         self._server = RayServer(snapshot, outer, self._runtime)
         self._begin(self._runtime.workers.min if isinstance(self._runtime.workers, WorkersRange) else 1)
 
@@ -147,7 +152,7 @@ class RayBackend:
         for number, handle in list(self._handles.items()):
             for ref in [r for r in ([handle.starting] if handle.starting else list(handle.answers)) if r in arrived]:
                 if number in self._handles:
-                    events.append(self._event(number, handle, ref))
+                    events += self._heard(number, handle, ref)
         return events + self._leave()
 
     def _arrived(self, timeout: float) -> set[ObjectRef]:
@@ -184,13 +189,20 @@ class RayBackend:
     def snapshot(self) -> dict[str, Any]:
         return self.server.snapshot()
 
+    def restore(self, snapshot: dict[str, Any], error: ServerLostError) -> None:
+        self._note("server", error.problem)
+        self.server.close()
+        self._answered.clear()
+        self._unwanted = {lease.number for h in self._handles.values() for lease, _ in h.answers.values()}
+        self._server = RayServer(snapshot, self._outer, self._runtime)
+
     @property
     def server(self) -> RayServer:
         assert self._server is not None, "start() comes first"
         return self._server
 
     def restarts(self) -> dict[str, int]:
-        return dict(self._restarts)
+        return dict(self._losses.counts)
 
     def describe(self) -> dict[str, Any]:
         device = "cuda" if self._gpus else "cpu"
@@ -227,24 +239,29 @@ class RayBackend:
         self._handles[self._next_worker] = Handle(actor, actor.ready.remote())
         self._next_worker += 1
 
-    def _event(self, number: int, handle: Handle, ref: ObjectRef) -> Event:
+    def _heard(self, number: int, handle: Handle, ref: ObjectRef) -> list[Event]:
         try:
             value = ray.get(ref)
         except RayTaskError as e:
             cause = cause_of(e)
+            if not isinstance(cause, RayError):
+                raise cause from e
+            lease, _ = handle.answers.pop(ref, (None, []))
+            if lease is not None and lease.number in self._unwanted:
+                return []
             # What workers are handed that can be lost is weights alone.
-            raise server_is_gone(cause) if isinstance(cause, RayError) else cause from e
+            raise server_is_gone(cause) from e
         except RayError as e:
             # An answer that is lost was on the worker's node, which is gone then.
             expected = handle.leaving or (isinstance(e, ActorDiedError) and e.preempted)
-            return self._replace(number, first_line(e), expected)
+            return [self._replace(number, first_line(e), expected)]
         if ref == handle.starting:
             handle.starting, handle.node = None, value["node"]
-            return Joined(number)
+            return [Joined(number)]
         lease, gradients = handle.answers.pop(ref)
         if lease.round.kind == "train":
             self._answered[lease.number] = handle, gradients
-        return Computed(number, value)
+        return [Computed(number, value)]
 
     def dismiss(self, worker: int, reason: str) -> Died:
         return self._replace(worker, reason)
@@ -268,12 +285,16 @@ class RayBackend:
     def _replace(self, number: int, reason: str, expected: bool = False) -> Died:
         # The actor may still live if it was only out of reach, or hangs.
         kill(self._handles.pop(number).actor)
-        self._restarts["worker"] += not expected
-        if self._restarts["worker"] > self._runtime.max_worker_restarts:
-            raise ClusterError(
-                "runtime",
-                f"{self._restarts['worker']} workers died, the last of: {reason}",
-                "raise runtime.max_worker_restarts if that is to be expected; memory is the usual cause",
-            )
+        self._note("worker", reason, expected)
         self._hire()
         return Died(number, reason)
+
+    def _note(self, kind: Kind, reason: str, expected: bool = False) -> None:
+        """Counts a loss.
+
+        Raises:
+            ClusterError: there were too many.
+        """
+        action = self._losses.note(Loss(kind, time.monotonic(), reason, expected))
+        if isinstance(action, GiveUp):
+            raise ClusterError("runtime", action.problem, action.mend)

@@ -1,7 +1,6 @@
 """An all-reduce run over Ray: the workers hold the parameter server between them, and exchange by torch.distributed.
 
-For fixed membership: when a worker dies the run ends, and is resumed from its last checkpoint, with as many workers as
-there are then.
+For fixed membership: when a worker dies, all are started anew, at the last checkpoint.
 """
 
 from __future__ import annotations
@@ -16,15 +15,13 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 
 from metadist.allreduce import Member, Update, join
-from metadist.errors import ClusterError, first_line
+from metadist.errors import ServerLostError, first_line
 from metadist.experiment import Experiment
 from metadist.outer.partition import joined_snapshot
 from metadist.runtime.backend import Died, Event
 from metadist.runtime.ray import Handle, RayBackend, WorkerProcess
-from metadist.runtime.ray_server import cause_of
+from metadist.runtime.ray_server import cause_of, kill
 from metadist.worker import Lease, Report
-
-_RESUME = "go on from the last checkpoint with `metadist resume`; runtime.topology=server replaces workers that die"
 
 
 @ray.remote
@@ -81,7 +78,7 @@ class AllReduceBackend(RayBackend):
         super().__init__(experiment, *rest)
 
     def start(self, snapshot: dict[str, Any], outer: dict[str, Any]) -> None:
-        self._experiment_ref = ray.put(self._experiment)
+        self._experiment_ref, self._outer = ray.put(self._experiment), outer
         self._begin(self._workers)
         ranks = [self._handles[n] for n in self.workers()]
         actors = [handle.actor for handle in ranks]
@@ -119,6 +116,16 @@ class AllReduceBackend(RayBackend):
             return dict(parts[0])  # all have the whole of it
         return joined_snapshot([part for part in parts if part is not None])
 
+    def restore(self, snapshot: dict[str, Any], error: ServerLostError) -> None:
+        self._note("server", error.problem)
+        # The group is broken for all of its members, and each holds a part of the server.
+        for handle in self._handles.values():
+            kill(handle.actor)
+        self._handles.clear()
+        self._answered.clear()
+        self._ranks = []
+        self.start(snapshot, self._outer)
+
     def describe(self) -> dict[str, Any]:
         told = {**super().describe(), "topology": self._runtime.topology}
         del told["server_shards"]
@@ -133,7 +140,7 @@ class AllReduceBackend(RayBackend):
     def _replace(self, number: int, reason: str, expected: bool = False) -> Died:
         if not self._ranks:
             return super()._replace(number, reason, expected)
-        raise ClusterError("runtime", f"worker {number} is gone ({reason}), and an all-reduce run needs all", _RESUME)
+        raise self._lost(f"worker {number} is gone ({reason})")
 
     def _got(self, refs: list[ObjectRef]) -> list[Any]:
         """What all members answer; fails with the first that does, while others may wait for it."""
@@ -145,11 +152,11 @@ class AllReduceBackend(RayBackend):
             except RayTaskError as e:
                 cause = cause_of(e)
                 # What gloo says when another member is gone.
-                raise self._lost(cause) if type(cause) is RuntimeError else cause from e
+                raise self._lost(first_line(cause)) if type(cause) is RuntimeError else cause from e
             except RayError as e:
-                raise self._lost(e) from e
+                raise self._lost(first_line(e)) from e
         return list(ray.get(refs))
 
     @staticmethod
-    def _lost(error: BaseException) -> ClusterError:
-        return ClusterError("runtime", f"a member of the all-reduce run is gone ({first_line(error)})", _RESUME)
+    def _lost(reason: str) -> ServerLostError:
+        return ServerLostError("runtime", f"a member of the all-reduce run is lost: {reason}")

@@ -15,11 +15,11 @@ import numpy as np
 import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from metadist.config.schema import RuntimeConfig, WorkersRange
-from metadist.errors import ClusterError, first_line
+from metadist.errors import ServerLostError, first_line
 from metadist.outer.gradient import Block, TreeSum, placed
 from metadist.outer.partition import cut, joined_snapshot, part_of_options, part_of_snapshot
 from metadist.outer.update import norm_of
@@ -111,6 +111,7 @@ class RayServer:
 
     def __init__(self, snapshot: dict[str, Any], outer: dict[str, Any], runtime: RuntimeConfig) -> None:
         self.cuts = cut(outer["sizes"], runtime.server_shards)
+        self._timeout_s = runtime.server_timeout_s
         self._sent: list[_Sent] = []
         self._node_sums: dict[str, _Gathering] = {}
         # Shards compute nothing to speak of but move much: each on another node, as far as there are nodes. Where nodes
@@ -203,7 +204,7 @@ class RayServer:
         """Whether gradients were lost before they came to the server; raises if the server is."""
         for ref in message.refs:
             try:
-                ray.get(ref)
+                ray.get(ref, timeout=self._timeout_s)
             except RayTaskError as e:
                 if not isinstance(cause_of(e), RayError):
                     raise cause_of(e) from e
@@ -215,20 +216,18 @@ class RayServer:
 
     def _got(self, refs: Any) -> Any:
         try:
-            return ray.get(refs)
+            return ray.get(refs, timeout=self._timeout_s)
+        except GetTimeoutError as e:
+            raise ServerLostError("parameter server", f"has not answered for {self._timeout_s:g} s") from e
         except RayTaskError as e:
             raise cause_of(e) from e
         except RayError as e:
             raise server_is_gone(e) from e
 
 
-def server_is_gone(error: RayError) -> ClusterError:
-    """The error of a run whose server, or the weights on its node, cannot be reached any more."""
-    return ClusterError(
-        "parameter server",
-        f"is gone ({first_line(error).split('. ')[0]})",
-        "go on from the last checkpoint with `metadist resume`",
-    )
+def server_is_gone(error: RayError) -> ServerLostError:
+    """The error of a server that cannot be reached any more, or of its weights."""
+    return ServerLostError("parameter server", f"is gone ({first_line(error).split('. ')[0]})")
 
 
 def cause_of(error: RayTaskError) -> BaseException:

@@ -65,6 +65,9 @@ class Tracker:
     def log_picture(self, name: str, path: Path) -> None:
         """A picture file (PNG)."""
 
+    def rewind(self, version: int) -> None:
+        """The run goes back to ``version``; the steps after it will be told of once more."""
+
     def message(self, text: str) -> None:
         """A line for whoever watches the run."""
 
@@ -117,6 +120,9 @@ class Trackers(Tracker):
 
     def log_picture(self, name: str, path: Path) -> None:
         self._each("log_picture", lambda t: t.log_picture(name, path))
+
+    def rewind(self, version: int) -> None:
+        self._each("rewind", lambda t: t.rewind(version))
 
     def message(self, text: str) -> None:
         self._each("message", lambda t: t.message(text))

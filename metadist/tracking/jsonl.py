@@ -54,17 +54,23 @@ class JsonlTracker(Tracker):
     """Writes ``RUN_DIR/metrics.jsonl`` and ``RUN_DIR/evaluations.jsonl``.
 
     A line is appended whole by one write, so a reader or a crash sees lines, never parts. A resumed run first
-    drops the lines of versions it is about to compute again: afterwards every version is there exactly once.
+    drops the lines of versions it is about to compute again: afterwards every version is there exactly once. Lines for
+    which the disk has no room wait until it has.
     """
 
     def start(self, run: RunInfo) -> None:
         self._metrics, self._evaluations = run.run_dir / METRICS, run.run_dir / EVALUATIONS
+        self._late: list[tuple[Path, dict[str, Any]]] = []
+        self.rewind(run.start_version)
+
+    def rewind(self, version: int) -> None:
+        self._late = [(path, line) for path, line in self._late if version_of(line) <= version]
         for path in (self._metrics, self._evaluations):
-            keep_lines(path, [line for line in read_lines(path) if version_of(line) <= run.start_version])
+            keep_lines(path, [line for line in read_lines(path) if version_of(line) <= version])
         self._judged = {(version_of(e), e.get("split")) for e in read_lines(self._evaluations)}
 
     def log(self, version: int, metrics: Mapping[str, Any]) -> None:
-        append_line(self._metrics, {"version": version, **metrics})
+        self._append(self._metrics, {"version": version, **metrics})
 
     def log_evaluation(self, version: int, result: Mapping[str, Any]) -> None:
         line, key = {"version": version, **result}, (version, result.get("split"))
@@ -72,8 +78,20 @@ class JsonlTracker(Tracker):
             kept = [e for e in read_lines(self._evaluations) if (version_of(e), e.get("split")) != key]
             keep_lines(self._evaluations, [*kept, line])
         else:
-            append_line(self._evaluations, line)
+            self._append(self._evaluations, line)
         self._judged.add(key)
+
+    def finish(self, summary: Mapping[str, Any], exit_code: int) -> None:
+        self._append_late()
+
+    def _append(self, path: Path, line: dict[str, Any]) -> None:
+        self._late.append((path, line))
+        self._append_late()
+
+    def _append_late(self) -> None:
+        while self._late:
+            append_line(*self._late[0])
+            del self._late[0]
 
 
 def version_of(line: Mapping[str, Any]) -> float:

@@ -54,7 +54,7 @@ class WandbTracker(Tracker):
         self.mode, self.project, self.entity, self.tags = mode, project, entity, tuple(tags)
         self.run_id: str | None = None
         self._run: Any = None
-        self._version = 0
+        self._version = self._sent = 0
 
     def start(self, run: RunInfo) -> None:
         """Opens the run.
@@ -93,6 +93,9 @@ class WandbTracker(Tracker):
 
     def log(self, version: int, metrics: Mapping[str, Any]) -> None:
         self._version = version
+        if version <= self._sent:
+            return  # made once more after a loss, with the same numbers
+        self._sent = version
         self._send({panel(name): value for name, value in _flat(metrics).items() if name != "version"})
 
     def log_evaluation(self, version: int, result: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""All-reduce runs: in the server's order they end with the server's bits; membership is fixed, and a death is told."""
+"""All-reduce runs: in the server's order they end with the server's bits; a death takes all back to the checkpoint."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ import pytest
 from click.testing import CliRunner
 
 from metadist.cli import main
+from tests.faults import struck
 from tests.ray.test_same_answer_anywhere import (
     CONFIG,
     LOCAL,
-    a_worker_struck,
-    invoke,
     numbers,
     run,
     words,
@@ -37,16 +36,11 @@ def test_in_order_they_give_the_bits_of_one_process(omniglot_shards, undisturbed
     assert numbers(tmp_path / "run") == undisturbed[1]
 
 
-def test_a_death_ends_the_run_which_is_resumed_to_the_same_bits(omniglot_shards, undisturbed, tmp_path):
+def test_after_a_death_it_goes_on_from_its_checkpoint_to_the_same_bits(omniglot_shards, undisturbed, tmp_path):
     run_dir = tmp_path / "run"
-    changes = words(omniglot_shards, **ORDERED, **{"runtime.workers": 2, "outer.clip_norm": 0.5})
-    with a_worker_struck(run_dir, 7) as killed:
-        result = CliRunner().invoke(main, ["train", CONFIG, *changes, "--run-dir", str(run_dir)])
-    assert killed and result.exit_code == 1
-    assert "is gone" in result.output and "metadist resume" in result.output
-    # A server's workers go on where an all-reduce run's ended.
-    invoke(["resume", str(run_dir), "runtime.topology=server", "runtime.workers=3"])
-    summary = json.loads((run_dir / "summary.json").read_text())
+    with struck(run_dir, 7) as killed:
+        summary = run(omniglot_shards, run_dir, **ORDERED, **{"runtime.workers": 2, "outer.clip_norm": 0.5})
+    assert killed and summary["restarts"]["server"] == 1, "the fault was not seen to fire"
     assert summary["meta_params_sha256"] == undisturbed[0]["meta_params_sha256"]
     assert numbers(run_dir) == undisturbed[1]
 

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +14,7 @@ import pytest
 from metadist.cli import main
 from metadist.outer import gradient
 from tests.conftest import ROOT
+from tests.faults import SERVERS, WORKERS, alive, struck, wait_for_step
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -114,7 +110,7 @@ def test_a_worker_lost_in_the_middle_changes_nothing(omniglot_shards, undisturbe
     two = {"runtime.type": "ray", "runtime.workers": 2}
     # What has stopped is taken over by the other one, so it is missed only after some more steps.
     stopped = {"outer.steps": 400, "runtime.lease_timeout_s": 3} if fault == signal.SIGSTOP else {}
-    with a_worker_struck(run_dir, 3, fault) as lost:
+    with struck(run_dir, 3, WORKERS, fault) as lost:
         summary = run(omniglot_shards, run_dir, **two, **stopped)
     assert lost and summary["restarts"]["worker"] == 1, "the fault was not seen to fire"
     if fault == signal.SIGKILL:
@@ -124,9 +120,24 @@ def test_a_worker_lost_in_the_middle_changes_nothing(omniglot_shards, undisturbe
         assert not alive(lost[0]), "a stopped process is ended, or it would keep its memory and its GPU"
 
 
-def alive(pid: int) -> bool:
-    status = Path(f"/proc/{pid}/stat")
-    return status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+@pytest.mark.parametrize(
+    ("shards", "fault"),
+    [(2, signal.SIGKILL), pytest.param(1, signal.SIGSTOP, marks=pytest.mark.slow)],
+    ids=["killed", "stopped"],
+)
+@pytest.mark.usefixtures("cluster")
+def test_a_server_lost_in_the_middle_is_restored_to_the_same_bits(
+    omniglot_shards, undisturbed, tmp_path, shards, fault
+):
+    run_dir = tmp_path / "run"
+    served = {"runtime.type": "ray", "runtime.workers": 2, "runtime.server_shards": shards}
+    with struck(run_dir, 7, SERVERS, fault) as lost:
+        summary = run(omniglot_shards, run_dir, **served, **{"runtime.server_timeout_s": 20})
+    assert lost and summary["restarts"] == {"worker": 0, "server": 1, "driver": 0}, "the fault was not seen to fire"
+    assert summary["meta_params_sha256"] == undisturbed[0]["meta_params_sha256"]
+    assert summary["tasks_seen"] == undisturbed[0]["tasks_seen"], "steps made twice count once"
+    assert numbers(run_dir) == undisturbed[1], "a line of metrics.jsonl is missing, doubled or different"
+    assert not alive(lost[0])
 
 
 def test_ctrl_c_leaves_a_run_that_resumes_to_the_same_bits(omniglot_shards, undisturbed, tmp_path):
@@ -178,48 +189,3 @@ def test_the_check_notices_a_forgotten_optimizer_state(omniglot_shards, undistur
     invoke(["resume", str(tmp_path / "run"), f"outer.steps={STEPS}"])
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["meta_params_sha256"] != undisturbed[0]["meta_params_sha256"]) == forgets
-
-
-def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen | None = None) -> None:
-    metrics = run_dir / "metrics.jsonl"
-    for _ in range(4000):
-        if metrics.exists() and metrics.read_bytes().count(b"\n") >= step:
-            return
-        assert process is None or process.poll() is None, "the run ended before the fault could be injected"
-        time.sleep(0.02)
-    raise AssertionError(f"step {step} never came")
-
-
-@contextlib.contextmanager
-def a_worker_struck(run_dir: Path, step: int, fault: int = signal.SIGKILL) -> Iterator[list[int]]:
-    """A worker of this process gets a signal when a step is made; its process, once it has."""
-    struck: list[int] = []
-
-    def strike() -> None:
-        wait_for_step(run_dir, step)
-        struck.append(a_worker_of(os.getpid()))
-        os.kill(struck[0], fault)
-
-    striker = threading.Thread(target=strike)
-    striker.start()
-    try:
-        yield struck
-    finally:
-        striker.join()
-
-
-def a_worker_of(driver: int) -> int:
-    """The process of one Ray worker that computes for ``driver``."""
-    listing = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
-    rows = [line.split(None, 2) for line in listing.splitlines()]
-    parent = {pid: ppid for pid, ppid, _ in rows}
-
-    def descends(pid: str) -> bool:
-        while pid in parent and pid != str(driver):
-            pid = parent[pid]
-        return pid == str(driver)
-
-    kinds = ("ray::_Worker", "ray::_Member")
-    found = [int(pid) for pid, _, args in rows if args.startswith(kinds) and descends(pid)]
-    assert found, "no worker process was found"
-    return found[0]

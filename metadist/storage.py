@@ -1,0 +1,189 @@
+"""Where checkpoints lie: a folder, or any place that fsspec knows by a URL. Each version is whole or absent."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from metadist.errors import ConfigError, first_line
+from metadist.files import whole_directory, write_atomically
+
+
+class Store(Protocol):
+    """Versions, each a few files, and pointers to versions by name.
+
+    Every method raises ``OSError`` where the place cannot be read or written.
+    """
+
+    def versions(self) -> list[int]:
+        """Those that are there, from the oldest; some may be damaged."""
+
+    def size(self, version: int, name: str) -> int:
+        """Bytes of one file of a version."""
+
+    def read(self, version: int, name: str) -> bytes:
+        """One file of a version."""
+
+    def write(self, version: int, files: Mapping[str, bytes]) -> None:
+        """A version, in place of one of the same number. The last of the files makes it one."""
+
+    def remove(self, version: int) -> None:
+        """Lets go of a version, if it is there."""
+
+    def point(self, name: str, version: int) -> None:
+        """Notes under ``name``, e.g. ``latest``, which version it is."""
+
+    def pointed(self, name: str) -> int | None:
+        """The version that was noted under ``name``."""
+
+    def place(self, version: int, name: str = "") -> str:
+        """Where a version, or a file of it, lies: for messages."""
+
+
+def open_store(where: Path | str) -> Store:
+    """The store at a path or a URL.
+
+    Raises:
+        ConfigError: the URL is of a kind that fsspec does not know, or whose package is not installed.
+    """
+    text = str(where)
+    if isinstance(where, Path) or "://" not in text:
+        return FolderStore(Path(text))
+    return UrlStore(text)
+
+
+class FolderStore:
+    """A folder of this machine: a version is written beside its place and renamed, all of it synced."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def __str__(self) -> str:
+        return str(self.directory)
+
+    def versions(self) -> list[int]:
+        if not self.directory.is_dir():
+            return []
+        return sorted(int(p.name) for p in self.directory.iterdir() if p.is_dir() and p.name.isdecimal())
+
+    def size(self, version: int, name: str) -> int:
+        return self._at(version, name).stat().st_size
+
+    def read(self, version: int, name: str) -> bytes:
+        return self._at(version, name).read_bytes()
+
+    def write(self, version: int, files: Mapping[str, bytes]) -> None:
+        target = self._at(version)
+        with whole_directory(target, replace=True) as partial:
+            for name, data in files.items():
+                (partial / name).write_bytes(data)
+
+    def remove(self, version: int) -> None:
+        shutil.rmtree(self._at(version), ignore_errors=True)
+
+    def point(self, name: str, version: int) -> None:
+        write_atomically(self.directory / name, f"{version:08d}\n")
+
+    def pointed(self, name: str) -> int | None:
+        try:
+            return _version((self.directory / name).read_bytes())
+        except FileNotFoundError:
+            return None
+
+    def place(self, version: int, name: str = "") -> str:
+        return str(self._at(version, name))
+
+    def _at(self, version: int, name: str = "") -> Path:
+        return self.directory / f"{version:08d}" / name
+
+
+class UrlStore:
+    """A folder behind a URL, as of object storage, where nothing can be renamed.
+
+    The last file of a version is written when the others are there, and taken away first: without it there is no
+    version.
+    """
+
+    _mark = "state.json"
+
+    def __init__(self, url: str) -> None:
+        import fsspec
+
+        self.url = url.rstrip("/")
+        try:
+            # Listings must be of now: another process may have written here.
+            self._fs, self._root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
+        except (ValueError, ImportError) as e:
+            mend = "name a folder, or a URL of a kind that fsspec knows, such as s3://bucket/run (pip install s3fs)"
+            raise ConfigError("checkpoint.path", f"is {url!r}: {first_line(e)}", mend) from e
+
+    def __str__(self) -> str:
+        return self.url
+
+    def versions(self) -> list[int]:
+        def found() -> list[int]:
+            self._fs.invalidate_cache()
+            if not self._fs.exists(self._root):
+                return []
+            names = [str(p).rstrip("/").rsplit("/", 1)[-1] for p in self._fs.ls(self._root, detail=False)]
+            return sorted(int(n) for n in names if n.isdecimal() and self._fs.exists(self._at(int(n), self._mark)))
+
+        return self._safely(found)
+
+    def size(self, version: int, name: str) -> int:
+        return self._safely(lambda: int(self._fs.size(self._at(version, name))))
+
+    def read(self, version: int, name: str) -> bytes:
+        return self._safely(lambda: bytes(self._fs.cat_file(self._at(version, name))))
+
+    def write(self, version: int, files: Mapping[str, bytes]) -> None:
+        assert list(files)[-1] == self._mark, "the mark comes last"
+
+        def put() -> None:
+            self._fs.makedirs(self._at(version), exist_ok=True)
+            if self._fs.exists(self._at(version, self._mark)):
+                self._fs.rm_file(self._at(version, self._mark))
+            for name, data in files.items():
+                self._fs.pipe_file(self._at(version, name), data)
+
+        self._safely(put)
+
+    def remove(self, version: int) -> None:
+        def go() -> None:
+            if self._fs.exists(self._at(version, self._mark)):
+                self._fs.rm_file(self._at(version, self._mark))
+            if self._fs.exists(self._at(version)):
+                self._fs.rm(self._at(version), recursive=True)
+
+        self._safely(go)
+
+    def point(self, name: str, version: int) -> None:
+        self._safely(lambda: self._fs.pipe_file(f"{self._root}/{name}", f"{version:08d}\n".encode()))
+
+    def pointed(self, name: str) -> int | None:
+        try:
+            return _version(self._safely(lambda: self._fs.cat_file(f"{self._root}/{name}")))
+        except FileNotFoundError:
+            return None
+
+    def place(self, version: int, name: str = "") -> str:
+        return f"{self.url}/{version:08d}" + (f"/{name}" if name else "")
+
+    def _at(self, version: int, name: str = "") -> str:
+        return f"{self._root}/{version:08d}" + (f"/{name}" if name else "")
+
+    def _safely(self, act: Any) -> Any:
+        """What storage clients raise comes in many types; here it is one."""
+        try:
+            return act()
+        except OSError:
+            raise
+        except Exception as e:
+            raise OSError(f"{self.url}: {type(e).__name__}: {first_line(e)}") from e
+
+
+def _version(text: bytes) -> int | None:
+    stripped = text.decode("ascii", "replace").strip()
+    return int(stripped) if stripped.isdecimal() else None
