@@ -201,7 +201,7 @@ def train(
         "evaluation": evaluation or {},
         "tracking": tracking or {},
     }
-    experiment = Experiment(validate(sections, "metadist.train"), tasks, model, algorithm)
+    experiment = Experiment(validate(sections, "metadist.train"), tasks, model, algorithm, code=True)
     run = run_training(experiment, Path(run_dir) if run_dir is not None else None)
     learner = load(run.path, tasks=tasks, model=model, algorithm=algorithm)
     return Run(run.path, run.load_summary(), learner)
@@ -214,6 +214,7 @@ def load(
     model: Callable[[], nn.Module] | None = None,
     algorithm: Algorithm | None = None,
     checkpoint: str | int = "latest",
+    allow_code: bool = False,
 ) -> Learner:
     """What a run has learned.
 
@@ -221,11 +222,12 @@ def load(
         run_dir: the run's directory.
         tasks, model, algorithm: the objects the run was started with, if it was started from Python.
         checkpoint: ``latest``, the newest that is whole; ``best``, of the evaluations during training; or a version.
+        allow_code: import what the run's config names by ``import_path``, which runs it: for runs of people you trust.
 
     Raises:
         MetadistError: there is no such run or checkpoint, or it does not fit the model.
     """
-    stand_ins = {"tasks": tasks, "model": model, "algorithm": algorithm}
+    stand_ins = {"tasks": tasks, "model": model, "algorithm": algorithm, "code": allow_code}
     learner, _, loaded = load_learner(Path(run_dir), stand_ins, str(checkpoint))
     return Learner(Path(run_dir), learner, loaded.meta_params, loaded.version)
 

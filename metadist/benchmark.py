@@ -99,12 +99,18 @@ class EngineBench:
         rounds: timed calls of each way.
         compile: try inductor too, which takes a minute or two for each way.
         say: told what is going on, a line at a time.
+        code: of :class:`~metadist.experiment.Experiment`.
     """
 
     def __init__(
-        self, config: Config, rounds: int = 5, compile: bool = True, say: Callable[[str], None] = lambda line: None
+        self,
+        config: Config,
+        rounds: int = 5,
+        compile: bool = True,
+        say: Callable[[str], None] = lambda line: None,
+        code: bool | frozenset[str] = False,
     ) -> None:
-        self._experiment, self._rounds, self._say = Experiment(config), rounds, say
+        self._experiment, self._rounds, self._say = Experiment(config, code=code), rounds, say
         self._inductor = compile and not compiler_missing()
         torch.set_num_threads(config.runtime.threads_per_worker)
         self.timings: dict[Way, Timing] = {}

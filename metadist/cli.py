@@ -38,9 +38,22 @@ def main() -> None:
     Example:
       metadist train configs/glyphs_maml.yaml
     """
-    # Modules that a config names by import_path may lie in the folder the command is run from.
-    if os.getcwd() not in sys.path:
+
+
+_code = click.option(
+    "--allow-code", is_flag=True, help="Import what the config names by import_path. That runs it: read it before."
+)
+
+
+def _allowed(flag: bool, overrides: tuple[str, ...] = ()) -> bool | frozenset[str]:
+    """What may be imported: all with the flag, else what was typed here, and not only named in a file."""
+    typed = (word.partition("=") for word in overrides)
+    names = (v for k, _, v in typed if k.endswith(".import_path") or k == "algorithm.loss")
+    allowed = flag or frozenset(v for v in names if ":" in v)
+    # Modules may lie in the folder the command is run from; where none are wanted, none there get in the way.
+    if allowed and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+    return allowed
 
 
 @main.command()
@@ -54,7 +67,10 @@ def main() -> None:
 @click.option(
     "--resume-if-exists", is_flag=True, help="Continue the run in --run-dir, or in checkpoint.path, if there is one."
 )
-def train(config: Path, overrides: tuple[str, ...], run_dir: Path | None, resume_if_exists: bool) -> None:
+@_code
+def train(
+    config: Path, overrides: tuple[str, ...], run_dir: Path | None, resume_if_exists: bool, allow_code: bool
+) -> None:
     """Meta-train what CONFIG says.
 
     \b
@@ -66,17 +82,18 @@ def train(config: Path, overrides: tuple[str, ...], run_dir: Path | None, resume
     from metadist.training import resume as run_resume
     from metadist.training import train as run_train
 
-    checked = load_config(config, overrides)
+    checked, code = load_config(config, overrides), _allowed(allow_code, overrides)
     if resume_if_exists and run_dir is not None and (run_dir / "config.yaml").is_file():
-        _stoppable(lambda: run_resume(run_dir, overrides))
+        _stoppable(lambda: run_resume(run_dir, overrides, {"code": code}))
     else:
-        _stoppable(lambda: run_train(Experiment(checked), run_dir, adopt=resume_if_exists))
+        _stoppable(lambda: run_train(Experiment(checked, code=code), run_dir, adopt=resume_if_exists))
 
 
 @main.command()
 @click.argument("run_dir", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
-def resume(run_dir: Path, overrides: tuple[str, ...]) -> None:
+@_code
+def resume(run_dir: Path, overrides: tuple[str, ...], allow_code: bool) -> None:
     """Go on with a run from its newest whole checkpoint.
 
     \b
@@ -85,7 +102,7 @@ def resume(run_dir: Path, overrides: tuple[str, ...]) -> None:
     """
     from metadist.training import resume as run_resume
 
-    _stoppable(lambda: run_resume(run_dir, overrides))
+    _stoppable(lambda: run_resume(run_dir, overrides, {"code": _allowed(allow_code, overrides)}))
 
 
 @main.command()
@@ -93,7 +110,8 @@ def resume(run_dir: Path, overrides: tuple[str, ...]) -> None:
 @click.option("--episodes", type=click.IntRange(min=1), help="How many episodes.  [default: as in the config]")
 @click.option("--checkpoint", default="latest", show_default=True, help="latest, best (in training), or a version.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def evaluate(run_dir: Path, episodes: int | None, checkpoint: str, as_json: bool) -> None:
+@_code
+def evaluate(run_dir: Path, episodes: int | None, checkpoint: str, as_json: bool, allow_code: bool) -> None:
     """Judge a run's checkpoint on held-out episodes.
 
     \b
@@ -103,7 +121,7 @@ def evaluate(run_dir: Path, episodes: int | None, checkpoint: str, as_json: bool
     from metadist.finished import evaluate as run_evaluate
     from metadist.tracking.console import judged
 
-    result = run_evaluate(run_dir, episodes, which=checkpoint)
+    result = run_evaluate(run_dir, episodes, {"code": _allowed(allow_code)}, which=checkpoint)
     where = f"{result['run_dir']} at step {result['version']}"
     click.echo(json.dumps(result) if as_json else f"{where}: {judged(result)}")
 
@@ -112,7 +130,8 @@ def evaluate(run_dir: Path, episodes: int | None, checkpoint: str, as_json: bool
 @click.argument("run_dir", type=click.Path(path_type=Path))
 @click.option("--version", type=click.IntRange(min=1), help="Up to this checkpoint.  [default: the newest]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def replay(run_dir: Path, version: int | None, as_json: bool) -> None:
+@_code
+def replay(run_dir: Path, version: int | None, as_json: bool, allow_code: bool) -> None:
     """Make an asynchronous run's weights again from its log, and compare them.
 
     Exits with 1 if a bit differs from the checkpoint.
@@ -123,7 +142,7 @@ def replay(run_dir: Path, version: int | None, as_json: bool) -> None:
     """
     from metadist.finished import replay as run_replay
 
-    result = run_replay(run_dir, version)
+    result = run_replay(run_dir, version, _allowed(allow_code))
     said = "are the checkpoint's, bit for bit" if result["same"] else "are NOT the checkpoint's"
     where = f"{result['run_dir']} at step {result['version']}"
     click.echo(json.dumps(result) if as_json else f"{where}: the replayed weights {said}")
@@ -164,7 +183,16 @@ def check(config: Path | None, overrides: tuple[str, ...], list_members: bool) -
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Timed calls of each way.")
 @click.option("--no-compile", is_flag=True, help="Leave inductor out, which takes a minute or two for each way.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def bench(config: Path, overrides: tuple[str, ...], write: bool, rounds: int, no_compile: bool, as_json: bool) -> None:
+@_code
+def bench(
+    config: Path,
+    overrides: tuple[str, ...],
+    write: bool,
+    rounds: int,
+    no_compile: bool,
+    as_json: bool,
+    allow_code: bool,
+) -> None:
     """Time the ways to run CONFIG's meta-gradient on this machine.
 
     Each is compared with plain automatic differentiation first, and left out if it takes more than engine.memory.
@@ -181,9 +209,11 @@ def bench(config: Path, overrides: tuple[str, ...], write: bool, rounds: int, no
     from metadist.files import write_atomically
     from metadist.tracking.console import table
 
-    engine = EngineBench(
-        load_config(config, overrides), rounds, not no_compile, lambda line: click.echo(f"  {line}", err=True)
-    )
+    def say(line: str) -> None:
+        click.echo(f"  {line}", err=True)
+
+    code = _allowed(allow_code, overrides)
+    engine = EngineBench(load_config(config, overrides), rounds, not no_compile, say, code)
     best = engine.run()
     least = best.ms_per_task or 0.0
     rows = sorted((t.row(least) for t in engine.timings.values()), key=lambda r: r["ms_per_task"] or float("inf"))
@@ -218,7 +248,8 @@ def _bench_row(row: dict[str, Any]) -> tuple[str, ...]:
 @click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
 @click.option("--address", required=True, help="The cluster's dashboard, e.g. http://HOST:8265.")
 @click.option("--run-dir", help="Where the job keeps its run, on the head or on shared storage; resumed if it exists.")
-def submit(config: Path, overrides: tuple[str, ...], address: str, run_dir: str | None) -> None:
+@_code
+def submit(config: Path, overrides: tuple[str, ...], address: str, run_dir: str | None, allow_code: bool) -> None:
     """Run CONFIG as a job on a Ray cluster, with the current folder sent along, and follow its log.
 
     \b
@@ -227,7 +258,10 @@ def submit(config: Path, overrides: tuple[str, ...], address: str, run_dir: str 
     """
     from metadist.submit import submit as submit_job
 
-    sys.exit(submit_job(config, address, overrides, run_dir, out=lambda text: click.echo(text, nl=False)))
+    def out(text: str) -> None:
+        click.echo(text, nl=False)
+
+    sys.exit(submit_job(config, address, overrides, run_dir, out=out, allow_code=allow_code))
 
 
 main.add_command(data)

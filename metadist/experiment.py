@@ -13,6 +13,7 @@ from torch import nn
 
 from metadist.algorithms import BUILT_IN, Algorithm, Plan, outputs_for, resolve_objective
 from metadist.config.schema import ClassTasks, Config
+from metadist.config.section import CustomConfig
 from metadist.episode import Episode, EpisodeBatch
 from metadist.errors import ConfigError
 from metadist.inner import Convolution, Engine, FunctionalModel
@@ -51,6 +52,7 @@ class Experiment:
         tasks: a source in place of the ``tasks`` section.
         model: a function that makes the module, in place of the ``model`` section.
         algorithm: a learner in place of the ``algorithm`` section.
+        code: whether what the config names by ``import_path`` may be imported, which runs it; or the names that may be.
 
     It travels to the workers, so the objects must be picklable by value or by name.
     """
@@ -59,6 +61,7 @@ class Experiment:
     tasks: TaskSource | None = None
     model: Callable[[], nn.Module] | None = None
     algorithm: Algorithm | None = None
+    code: bool | frozenset[str] = False
     _sources: dict[Any, TaskSource] = field(default_factory=dict, compare=False, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -158,7 +161,7 @@ class Experiment:
             return self.tasks.split(split)
         section = self.config.tasks
         if section.type == "custom":
-            return construct("tasks", section.import_path, section.args, TaskSource).split(split)
+            return self._construct("tasks", section, TaskSource).split(split)
         if section.type == "python":
             raise _python_only("tasks", section.name)
         options = section.model_dump(exclude={"type", "train_split"})
@@ -174,12 +177,32 @@ class Experiment:
             options.pop("augmentation", None)
         return _task_source(section.type)(**options)
 
+    def _construct(self, name: str, section: CustomConfig, wanted: type) -> Any:
+        """What a section of type ``custom`` names, called with its ``args``."""
+        path = section.import_path
+        target = self._imported(f"{name}.import_path", path)
+        try:
+            made = target(**section.args)
+        except Exception as e:
+            raise ConfigError(f"{name}.args", f"{path} refused them ({type(e).__name__}: {e})") from e
+        return _checked(f"{name}.import_path", made, wanted)
+
+    def _imported(self, field_name: str, path: str) -> Any:
+        """What ``package.module:Name`` names, if the experiment may run code that its config names."""
+        if self.code is not True and path not in (self.code or frozenset()):
+            raise ConfigError(
+                field_name,
+                f"is {path}, code that this would run",
+                "read it, and add --allow-code (from Python, allow_code=True) if you trust it",
+            )
+        return import_object(field_name, path)
+
     def _make_module(self, example: Episode, wants: str) -> nn.Module:
         if self.model is not None:
             return _checked("model", self.model(), nn.Module)
         section = self.config.model
         if section.type == "custom":
-            return construct("model", section.import_path, section.args, nn.Module)
+            return self._construct("model", section, nn.Module)
         if section.type == "python":
             raise _python_only("model", section.name)
         x = example.support.x
@@ -228,12 +251,12 @@ class Experiment:
             return self.algorithm
         section = self.config.algorithm
         if section.type == "custom":
-            return construct("algorithm", section.import_path, section.args, Algorithm)
+            return self._construct("algorithm", section, Algorithm)
         if section.type == "python":
             raise _python_only("algorithm", section.name)
         options = section.model_dump(exclude={"type"})
         if ":" in options.get("loss", ""):
-            options["loss"] = import_object("algorithm.loss", options["loss"])
+            options["loss"] = self._imported("algorithm.loss", options["loss"])
         with _refusals("algorithm"):
             if "inner_optimizer" in options:
                 options["inner_optimizer"] = make_optimizer(**options["inner_optimizer"])
@@ -277,16 +300,6 @@ def import_object(field_name: str, path: str) -> Any:
             "check its spelling; it is looked for in the folder where `metadist` is run, and on PYTHONPATH",
         ) from e
     return target
-
-
-def construct(section: str, path: str, args: dict[str, Any], wanted: type) -> Any:
-    """Calls what ``path`` names with ``args`` and checks what comes back."""
-    target = import_object(f"{section}.import_path", path)
-    try:
-        made = target(**args)
-    except Exception as e:
-        raise ConfigError(f"{section}.args", f"{path} refused them ({type(e).__name__}: {e})") from e
-    return _checked(f"{section}.import_path", made, wanted)
 
 
 def _checked(where: str, made: Any, wanted: type) -> Any:

@@ -52,7 +52,7 @@ def evaluate(
     return {"run_dir": str(run_dir), "version": checkpoint.version, **result}
 
 
-def replay(run_dir: Path, version: int | None = None) -> dict[str, Any]:
+def replay(run_dir: Path, version: int | None = None, code: bool | frozenset[str] = False) -> dict[str, Any]:
     """Makes an asynchronous run's weights again from its log of updates, in this process.
 
     The options are those of the run's config: a run whose schedule or optimizer was changed at a resume cannot be made
@@ -61,6 +61,7 @@ def replay(run_dir: Path, version: int | None = None) -> dict[str, Any]:
     Args:
         run_dir: the run's directory.
         version: as far as this one, of which there must be a checkpoint; None: the newest.
+        code: of :class:`~metadist.experiment.Experiment`.
 
     Returns:
         ``run_dir, version, meta_params_sha256, same``: whether they are the bits of the checkpoint.
@@ -77,7 +78,7 @@ def replay(run_dir: Path, version: int | None = None) -> dict[str, Any]:
     if not 0 < checkpoint.version <= len(log):
         found = f"has {len(log)} updates, but the checkpoint is of version {checkpoint.version}"
         raise RunDirError(run_dir / UPDATES, found, "name a version that both have")
-    experiment = Experiment(config)
+    experiment = Experiment(config, code=code)
     learner = experiment.learner()
     options = outer_options(experiment, learner, Layout.of(learner.initial_meta_params()))
     last: dict[str, torch.Tensor] = {}

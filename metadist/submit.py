@@ -32,6 +32,7 @@ def submit(
     run_dir: str | None = None,
     working_dir: Path | None = None,
     out: Callable[[str], None] = print,
+    allow_code: bool = False,
 ) -> int:
     """Runs ``metadist train`` as a Ray job, with the working tree packed, and follows its log.
 
@@ -42,6 +43,7 @@ def submit(
         run_dir: where the job keeps its run, a path on the cluster's head or shared storage.
         working_dir: the tree to pack; None takes the current folder.
         out: takes the log, piece by piece.
+        allow_code: let the job import what its config names by ``import_path``.
 
     Returns:
         0 if the job succeeded, else 1.
@@ -69,6 +71,8 @@ def submit(
         "runtime.type=ray",
         "runtime.address=auto",
     ]
+    if allow_code:
+        words.append("--allow-code")
     if run_dir is not None:
         words += ["--run-dir", run_dir, "--resume-if-exists"]
     job = _send(client, shlex.join(words), tree, str(inside))

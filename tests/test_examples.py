@@ -65,7 +65,7 @@ def test_the_program_of_the_tutorial(workspace: Path) -> None:
 def test_the_config_line_is_the_one_of_the_config() -> None:
     (line,) = [b.text.strip() for b in BLOCKS if b.language == "yaml"]
     assert line in CONFIG.read_text().splitlines()
-    assert isinstance(Experiment(load_config(CONFIG)).learner(), Pretrained)
+    assert isinstance(Experiment(load_config(CONFIG), code=True).learner(), Pretrained)
 
 
 def test_the_tutorial_is_linked_and_uses_public_names_alone() -> None:
@@ -95,13 +95,15 @@ def test_a_module_in_the_current_folder_is_found_by_workers(own_module: Path) ->
 
 
 def test_a_module_in_the_current_folder_is_found_by_every_command(own_module: Path) -> None:
-    done = shell(f"{TRAIN_MINE} && metadist resume run outer.steps=3", own_module)
+    done = shell(f"{TRAIN_MINE} && metadist resume run outer.steps=3 --allow-code", own_module)
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((own_module / "run" / "summary.json").read_text())["version"] == 3
 
     elsewhere = own_module / "elsewhere"
     elsewhere.mkdir()
-    done = shell("metadist evaluate ../run", elsewhere)
+    done = shell("metadist evaluate run", own_module)
+    assert done.returncode == 2 and "--allow-code" in done.stderr
+    done = shell("metadist evaluate ../run --allow-code", elsewhere)
     assert done.returncode == 2 and "mine:Pretrained cannot be imported" in done.stderr
     assert "the folder where `metadist` is run" in done.stderr and "Traceback" not in done.stderr
 
@@ -110,12 +112,20 @@ def test_bad_hyper_parameters_are_one_line(tmp_path: Path, monkeypatch: pytest.M
     from click.testing import CliRunner
 
     monkeypatch.chdir(ROOT)
-    words = ["train", str(CONFIG), "algorithm.args.inner_lr=0", *SMALL, "--run-dir", str(tmp_path / "run")]
+    words = [
+        "train",
+        str(CONFIG),
+        "algorithm.args.inner_lr=0",
+        *SMALL,
+        "--allow-code",
+        "--run-dir",
+        str(tmp_path / "run"),
+    ]
     result = CliRunner().invoke(main, words)
     assert result.exit_code == 2 and "algorithm.args" in result.output and "inner_lr must be positive" in result.output
     assert not (tmp_path / "run").exists()
     with pytest.raises(ConfigError, match="unexpected keyword"):
-        Experiment(load_config(CONFIG, ["algorithm.args.no_such=1"])).learner()
+        Experiment(load_config(CONFIG, ["algorithm.args.no_such=1"]), code=True).learner()
 
 
 # ------------------------------------------------------------------ the learner itself

@@ -18,6 +18,7 @@ from metadist.errors import DataError
 
 MAX_PIXELS = 1 << 26
 MAX_JSON_BYTES = 1 << 26
+MAX_BLOCK_BYTES = 1 << 31
 IMAGE_FORMATS = ("PNG", "JPEG")
 _NPY_1 = b"\x93NUMPY\x01\x00"
 
@@ -127,6 +128,8 @@ def cut(data: bytes, offsets: Any, n: int, where: str) -> list[bytes]:
 
 def examples(encoding: str, parts: Sequence[bytes], shape: Sequence[int], where: str) -> NDArray[np.uint8]:
     """Images of a ``.x.bin`` block as one array, uint8 ``[n, *shape]``, colours plane by plane in memory."""
+    if len(parts) * math.prod(shape) > MAX_BLOCK_BYTES:
+        raise DataError(where, f"{len(parts)} images of {list(shape)} in one block, more than {MAX_BLOCK_BYTES} bytes")
     out = empty_images(len(parts), tuple(shape))
     mode = "L" if len(shape) == 2 else "RGB"
     for i, part in enumerate(parts):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -19,6 +20,7 @@ MANIFEST = "metadist.json"
 INDEX = "index.npz"
 ENCODINGS = ("array", "png", "jpeg", "utf-8")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.tar")
+_LEAST_BLOCK = 1024  # two tar headers
 _AGAIN = "pack or copy the set again"
 
 
@@ -104,21 +106,35 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
             field=Field(str(x["encoding"]), tuple(int(s) for s in x["shape"])),
             classes=tuple(str(c) for c in body.pop("classes")),
             splits={str(k): tuple(int(c) for c in v) for k, v in body.pop("splits").items()},
-            shards=tuple(ShardFile(s["name"], int(s["bytes"]), s["sha256"]) for s in body.pop("shards")),
-            index=ShardFile(**body.pop("index")),
+            shards=tuple(_file(s) for s in body.pop("shards")),
+            index=_file(body.pop("index")),
+            blocks=int(body.pop("blocks")),
+            examples=int(body.pop("examples")),
+            content_id=str(body.pop("content_id")),
             **body,
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
         raise DataError(where, f"lacks or garbles a field ({type(e).__name__}: {e})", _AGAIN) from None
     if problems := _contradictions(manifest):
         raise DataError(where, "; ".join(problems), _AGAIN)
     return manifest
 
 
+def _file(entry: Mapping[str, Any]) -> ShardFile:
+    return ShardFile(str(entry["name"]), int(entry["bytes"]), str(entry["sha256"]))
+
+
 def _contradictions(m: Manifest) -> list[str]:
     problems = []
     if m.field.encoding not in ENCODINGS:
         problems.append(f"encoding {m.field.encoding!r} is none of {', '.join(ENCODINGS)}")
+    if any(d < 1 for d in m.field.shape) or math.prod(m.field.shape) > decode.MAX_PIXELS * 4:
+        problems.append(f"examples of shape {list(m.field.shape)}")
+    if len(m.field.shape) not in ((0,) if m.field.encoding == "utf-8" else (2, 3)):
+        problems.append(f"{m.field.encoding} examples of {len(m.field.shape)} dimensions")
+    room = sum(max(s.bytes, 0) for s in m.shards)
+    if m.blocks < 0 or m.blocks > room // _LEAST_BLOCK:
+        problems.append(f"{m.blocks} blocks in {room} bytes of shards")
     if len(set(m.classes)) != len(m.classes):
         problems.append("two classes have one name")
     # A shard is a plain name in this directory: never a path, a URL or a command.
@@ -165,6 +181,8 @@ def load_manifest(path: Path) -> Manifest:
         raise DataError(path, "no such shard set", "make one with `metadist data pack`, or give its directory")
     file = path / MANIFEST
     try:
+        if file.stat().st_size > decode.MAX_JSON_BYTES:
+            raise DataError(file, f"{file.stat().st_size} bytes of JSON, more than {decode.MAX_JSON_BYTES}")
         return parse_manifest(file.read_bytes(), str(file))
     except FileNotFoundError:
         raise DataError(path, f"not a shard set: it has no {MANIFEST}", "make one with `metadist data pack`") from None

@@ -13,8 +13,10 @@ concatenated images or UTF-8 texts with their ``offsets`` in the json.
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import threading
+import zipfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -29,9 +31,10 @@ from metadist.data import decode
 from metadist.data.manifest import INDEX, Manifest, ShardFile, load_manifest
 from metadist.data.planes import empty_images, planes
 from metadist.data.samplers import ClassPool, Ints
-from metadist.errors import DataError
+from metadist.errors import DataError, first_line
 
 _INDEX_COLUMNS = ("class", "block", "n", "shard", "offset", "size", "crc32", "json_offset", "json_size", "json_crc32")
+_MOST_HEADER = 4096
 _AGAIN = "pack or copy the set again"
 _NOT_SENT = ("_paths", "_files", "_cache", "_cached", "_lock")
 
@@ -73,26 +76,50 @@ def read_index(path: Path, manifest: Manifest) -> Index:
         DataError: if it is missing, altered, or disagrees with the manifest.
     """
     try:
+        if path.stat().st_size != manifest.index.bytes:
+            raise DataError(path, f"has {path.stat().st_size} bytes, not the manifest's {manifest.index.bytes}", _AGAIN)
         data = path.read_bytes()
     except OSError as e:
         raise DataError(path, f"cannot be read ({e.strerror})", _AGAIN) from None
     if hashlib.sha256(data).hexdigest() != manifest.index.sha256:
         raise DataError(path, "altered: its SHA-256 is not the manifest's", _AGAIN)
     try:
-        with np.load(path, allow_pickle=False) as file:
-            columns = {name: file[name].astype(np.int64) for name in _INDEX_COLUMNS}
-    except (ValueError, OSError, KeyError, EOFError) as e:
-        raise DataError(path, f"is not an index ({e})", _AGAIN) from None
+        columns = _columns(data, manifest.blocks)
+    except Exception as e:  # of the zip, its compression, the arrays' headers: each has errors of its own
+        raise DataError(path, f"is not an index ({type(e).__name__}: {first_line(e)})", _AGAIN) from None
     index = Index(columns)
     if {len(c) for c in columns.values()} != {manifest.blocks} or int(index["n"].sum()) != manifest.examples:
         wanted = f"{manifest.blocks} blocks of {manifest.examples} examples"
         raise DataError(path, f"does not hold the manifest's {wanted}", _AGAIN)
     covered = np.array_equal(np.unique(index["class"]), np.arange(len(manifest.classes)))
-    if not covered or index["shard"].max(initial=-1) >= len(manifest.shards):
+    if index["n"].min(initial=1) < 1:
+        raise DataError(path, "names a block without examples", _AGAIN)
+    if not covered or index["shard"].max(initial=-1) >= len(manifest.shards) or index["shard"].min(initial=0) < 0:
         raise DataError(path, f"does not cover the manifest's {len(manifest.classes)} classes", _AGAIN)
+    sizes = np.array([shard.bytes for shard in manifest.shards], dtype=np.int64)
+    for prefix in ("", "json_"):
+        start, size = index[prefix + "offset"], index[prefix + "size"]
+        # Compared without adding, which could overflow.
+        if start.min(initial=0) < 0 or size.min(initial=0) < 0 or (size > sizes[index["shard"]] - start).any():
+            raise DataError(path, "names bytes outside of its shards", _AGAIN)
     if not np.array_equal(np.lexsort((index["block"], index["class"])), np.arange(len(index))):
         raise DataError(path, "its blocks are not in order", _AGAIN)
     return index
+
+
+def _columns(data: bytes, blocks: int) -> dict[str, Ints]:
+    """The columns of an index of ``blocks`` blocks; what would unpack to more than they need is not unpacked."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        for entry in archive.infolist():
+            if entry.file_size > 8 * blocks + _MOST_HEADER:
+                raise ValueError(f"{entry.filename} holds {entry.file_size} bytes, for {blocks} blocks")
+        columns = {}
+        for name in _INDEX_COLUMNS:
+            column = decode.npy(archive.read(f"{name}.npy"), name)
+            if column.dtype.kind not in "iu" or column.ndim != 1:
+                raise ValueError(f"{name} holds {column.dtype} {list(column.shape)}, wanted a row of whole numbers")
+            columns[name] = column.astype(np.int64)
+    return columns
 
 
 class ShardSet:
@@ -112,11 +139,11 @@ class ShardSet:
     def __init__(self, path: str | os.PathLike[str], cache_bytes: int = 256 << 20) -> None:
         self.path, self.cache_bytes = Path(path), cache_bytes
         self.manifest = load_manifest(self.path)
-        self.index = read_index(self.path / INDEX, self.manifest)
-        self.rows = self.index.rows
         self._reset()
         for file, shard in zip(self._paths, self.manifest.shards, strict=True):
             check_size(file, shard)
+        self.index = read_index(self.path / INDEX, self.manifest)
+        self.rows = self.index.rows
 
     def _reset(self) -> None:
         self._paths = [self.path / shard.name for shard in self.manifest.shards]

@@ -26,7 +26,7 @@ def connect(runtime: RuntimeConfig) -> bool:
     environment = {
         "GLIBC_TUNABLES": ALLOCATOR,
         "OMP_NUM_THREADS": str(runtime.threads_per_worker),
-        "PYTHONPATH": os.pathsep.join(dict.fromkeys([os.getcwd(), *filter(None, sys.path)])),
+        "PYTHONPATH": os.pathsep.join(dict.fromkeys(path or os.getcwd() for path in sys.path)),
     }
     common: dict[str, Any] = {
         "logging_level": logging.ERROR,

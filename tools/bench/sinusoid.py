@@ -98,7 +98,7 @@ def trained(name: str, updates: int | None, runs: Path, own: list[str]) -> tuple
     run_dir, summary = runs / name, runs / name / "summary.json"
     if not summary.is_file():
         with contextlib.redirect_stdout(sys.stderr):  # the run's own table is progress here
-            train(Experiment(config), run_dir)
+            train(Experiment(config, code=True), run_dir)
     found = json.loads(summary.read_text())
     if found["version"] != config.outer.steps:
         raise SystemExit(f"sinusoid: {run_dir} was trained for {found['version']} updates, not {config.outer.steps}")
