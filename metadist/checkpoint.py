@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ValidationError, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -23,9 +24,33 @@ SCHEMA = "metadist.checkpoint/1"
 _TENSOR_FILES = ("meta_params.safetensors", "outer_state.safetensors")
 _VECTOR = "meta_params_vector"
 _STATE = "state.json"
+_KEPT = (torch.float32, torch.float64, torch.int64)
 _MOST_STATE = 1 << 28
 _BLANK = "0" * 64
 LATEST, BEST = "latest", "best"
+
+
+class _File(BaseModel):
+    bytes: int
+    sha256: str
+
+
+class _State(BaseModel):
+    """What ``state.json`` holds."""
+
+    version: int
+    layout: list[str]
+    files: dict[str, _File]
+    content_id: str | None
+    progress: dict[str, Any]
+    config: dict[str, Any]
+
+    @field_validator("files")
+    @classmethod
+    def _both_files(cls, files: dict[str, _File]) -> dict[str, _File]:
+        if set(files) != set(_TENSOR_FILES):
+            raise ValueError(f"names {sorted(files)}, wanted {list(_TENSOR_FILES)}")
+        return files
 
 
 @dataclass(frozen=True)
@@ -97,11 +122,11 @@ def save_checkpoint(
     contents[_STATE] = _sealed(json.dumps(state, indent=1))
     try:
         store.write(version, contents)
-        store.point(LATEST, version)
+        store.note(LATEST, f"{version:08d}")
         if best:
-            store.point(BEST, version)
+            store.note(BEST, f"{version:08d}")
         # Later versions are damaged ones that the run went back from: they must not crowd out the whole ones.
-        spared = store.pointed(BEST)
+        spared = best_of(store)
         old = [v for v in store.versions() if v <= version][:-keep]
         for v in old:
             if v != spared:
@@ -121,35 +146,44 @@ def load_checkpoint(store: Store, version: int) -> Checkpoint:
     state = _read_state(store, version)
     tensors = {}
     for name in _TENSOR_FILES:
-        listed, where = state["files"].get(name, {}), store.place(version, name)
+        listed, where = state.files[name], store.place(version, name)
         try:
             there = store.size(version, name)
-            if there != listed.get("bytes"):
-                raise CheckpointError(where, f"holds {there} bytes, {listed.get('bytes')} were written")
+            if there != listed.bytes:
+                raise CheckpointError(where, f"holds {there} bytes, {listed.bytes} were written")
             data = store.read(version, name)
         except OSError as e:
             raise CheckpointError(where, f"cannot be read ({e})") from e
-        if hashlib.sha256(data).hexdigest() != listed.get("sha256"):
+        if hashlib.sha256(data).hexdigest() != listed.sha256:
             raise CheckpointError(where, "is not what was written: its checksum differs")
         try:
             tensors[name] = load_tensors(data)
         except SafetensorError as e:
             raise CheckpointError(where, f"is not a safetensors file ({e})") from e
     named, outer = tensors[_TENSOR_FILES[0]], tensors[_TENSOR_FILES[1]]
-    if sorted(named) != sorted(state["layout"]):
+    if sorted(named) != sorted(state.layout) or not named:
         raise CheckpointError(store.place(version), "its tensors are not the ones its state.json lists")
-    meta_params = {name: named[name] for name in state["layout"]}
+    meta_params = {name: named[name] for name in state.layout}
     vector = outer.pop(_VECTOR, None)
     if vector is None:
         vector = Layout.of(meta_params).flatten(meta_params)
+    numel = sum(v.numel() for v in meta_params.values())
+    for name, tensor in {_VECTOR: vector, **outer}.items():
+        if tensor.shape not in ((numel,), ()) or tensor.dtype not in _KEPT:
+            held = f"{tensor.dtype} {list(tensor.shape)}"
+            raise CheckpointError(store.place(version, _TENSOR_FILES[1]), f"its {name} is {held}, wanted [{numel}]")
     snapshot = {
-        "version": state["version"],
+        "version": version,
         "weights": vector.numpy(),
         "outer_state": {k: v.numpy() for k, v in outer.items()},
     }
-    return Checkpoint(
-        state["version"], meta_params, snapshot, state["config"], state.get("content_id"), state.get("progress", {})
-    )
+    return Checkpoint(version, meta_params, snapshot, state.config, state.content_id, state.progress)
+
+
+def best_of(store: Store) -> int | None:
+    """The version that was the best of the evaluations during training, if there is one."""
+    noted = store.noted(BEST)
+    return int(noted) if noted is not None and noted.isdecimal() else None
 
 
 def versions_of(store: Store) -> list[int]:
@@ -211,7 +245,7 @@ def check_fits(checkpoint: Checkpoint, layout: Layout, content_id: str | None, w
         )
 
 
-def _read_state(store: Store, version: int) -> dict[str, Any]:
+def _read_state(store: Store, version: int) -> _State:
     where = store.place(version, _STATE)
     try:
         if store.size(version, _STATE) > _MOST_STATE:
@@ -229,13 +263,15 @@ def _read_state(store: Store, version: int) -> dict[str, Any]:
         )
     if state.get("sha256") != _seal(data.replace(str(state.get("sha256")).encode(), _BLANK.encode(), 1)):
         raise CheckpointError(where, "is not what was written: its checksum differs")
-    wanted = {"version": int, "files": dict, "layout": list, "config": dict, "progress": dict}
-    for key, kind in wanted.items():
-        if not isinstance(state.get(key), kind):
-            raise CheckpointError(where, f"its {key} is {state.get(key)!r}, wanted a {kind.__name__}")
-    if state["version"] != version:
-        raise CheckpointError(where, f"is of version {state['version']}, but lies where {version} belongs")
-    return state
+    try:
+        checked = _State.model_validate(state, strict=True)
+    except ValidationError as e:
+        first = e.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise CheckpointError(where, f"its {field} will not do: {first['msg'].lower()}") from e
+    if checked.version != version:
+        raise CheckpointError(where, f"is of version {checked.version}, but lies where {version} belongs")
+    return checked
 
 
 def _sealed(text: str) -> bytes:

@@ -15,6 +15,7 @@ from metadist.checkpoint import (
     BEST,
     LATEST,
     Checkpoint,
+    best_of,
     check_fits,
     load_checkpoint,
     newest_whole_checkpoint,
@@ -116,7 +117,7 @@ def _checkpoint(store: Store, which: str) -> Checkpoint:
     if which == LATEST:
         return newest_whole_checkpoint(store)[0]
     try:
-        version = store.pointed(BEST) if which == BEST else int(which)
+        version = best_of(store) if which == BEST else int(which)
     except (OSError, ValueError) as e:
         raise CheckpointError(store, f"has no checkpoint {which!r}", _known(store)) from e
     if version is None:

@@ -15,9 +15,11 @@ from typing import Any
 
 from metadist.config import Config, to_yaml, validate
 from metadist.config.load import read_yaml, resolve_overrides
-from metadist.errors import RunDirError
+from metadist.errors import CheckpointError, RunDirError
 from metadist.files import sweep, write_atomically
 from metadist.storage import Store, open_store
+
+_OWNER = "run_id"
 
 
 class RunDirectory:
@@ -80,6 +82,26 @@ class RunDirectory:
         """Where the run's checkpoints lie."""
         return open_store(config.checkpoint.path or self.checkpoints)
 
+    def take(self, store: Store) -> None:
+        """Puts the run's id on a store that is elsewhere, as the one that may write there."""
+        try:
+            store.note(_OWNER, self.run_id())
+        except OSError as e:
+            raise CheckpointError(store, f"cannot be written ({e})", "name another checkpoint.path") from e
+
+    def check_taken(self, store: Store, config: Config) -> None:
+        """A run directory may name any place; only a run that was begun there may write to it.
+
+        Raises:
+            RunDirError: it is another run's, or nobody's.
+        """
+        if config.checkpoint.path is not None and store.noted(_OWNER) != self.run_id():
+            raise RunDirError(
+                self.path,
+                f"writes its checkpoints to {config.checkpoint.path}, which is not this run's",
+                "name a place of its own: `metadist resume RUN_DIR checkpoint.path=...`",
+            )
+
     def discard(self) -> bool:
         """Removes a run that has written nothing to go on from; whether it did."""
         if self.begun:
@@ -101,9 +123,9 @@ class RunDirectory:
         """Writes ``summary.json``."""
         write_atomically(self.summary_file, json.dumps(summary, indent=2, allow_nan=False) + "\n")
 
-    def wandb_run(self) -> str:
-        """The id of its Weights & Biases run, made up when it is first asked for."""
-        kept = self.path / ".wandb_run"
+    def run_id(self) -> str:
+        """The run's own id, of Weights & Biases too; made up when it is first asked for."""
+        kept = self.path / ".run_id"
         with contextlib.suppress(OSError):
             if re.fullmatch(r"[0-9a-z]{8}", found := kept.read_text()):
                 return found

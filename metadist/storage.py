@@ -10,9 +10,11 @@ from typing import Any, Protocol
 from metadist.errors import ConfigError, first_line
 from metadist.files import whole_directory, write_atomically
 
+_LONGEST = 200
+
 
 class Store(Protocol):
-    """Versions, each a few files, and pointers to versions by name.
+    """Versions, each a few files, and words that are kept beside them.
 
     Every method raises ``OSError`` where the place cannot be read or written.
     """
@@ -32,11 +34,11 @@ class Store(Protocol):
     def remove(self, version: int) -> None:
         """Lets go of a version, if it is there."""
 
-    def point(self, name: str, version: int) -> None:
-        """Notes under ``name``, e.g. ``latest``, which version it is."""
+    def note(self, name: str, text: str) -> None:
+        """Keeps a word beside the versions, e.g. under ``latest`` which that is."""
 
-    def pointed(self, name: str) -> int | None:
-        """The version that was noted under ``name``."""
+    def noted(self, name: str) -> str | None:
+        """The word that was kept under ``name``; None if there is none."""
 
     def place(self, version: int, name: str = "") -> str:
         """Where a version, or a file of it, lies: for messages."""
@@ -83,12 +85,14 @@ class FolderStore:
     def remove(self, version: int) -> None:
         shutil.rmtree(self._at(version), ignore_errors=True)
 
-    def point(self, name: str, version: int) -> None:
-        write_atomically(self.directory / name, f"{version:08d}\n")
+    def note(self, name: str, text: str) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.directory / name, text + "\n")
 
-    def pointed(self, name: str) -> int | None:
+    def noted(self, name: str) -> str | None:
         try:
-            return _version((self.directory / name).read_bytes())
+            with (self.directory / name).open("rb") as file:
+                return _word(file.read(_LONGEST))
         except FileNotFoundError:
             return None
 
@@ -159,12 +163,16 @@ class UrlStore:
 
         self._safely(go)
 
-    def point(self, name: str, version: int) -> None:
-        self._safely(lambda: self._fs.pipe_file(f"{self._root}/{name}", f"{version:08d}\n".encode()))
+    def note(self, name: str, text: str) -> None:
+        def put() -> None:
+            self._fs.makedirs(self._root, exist_ok=True)
+            self._fs.pipe_file(f"{self._root}/{name}", f"{text}\n".encode())
 
-    def pointed(self, name: str) -> int | None:
+        self._safely(put)
+
+    def noted(self, name: str) -> str | None:
         try:
-            return _version(self._safely(lambda: self._fs.cat_file(f"{self._root}/{name}")))
+            return _word(self._safely(lambda: self._fs.cat_file(f"{self._root}/{name}", end=_LONGEST)))
         except FileNotFoundError:
             return None
 
@@ -184,6 +192,5 @@ class UrlStore:
             raise OSError(f"{self.url}: {type(e).__name__}: {first_line(e)}") from e
 
 
-def _version(text: bytes) -> int | None:
-    stripped = text.decode("ascii", "replace").strip()
-    return int(stripped) if stripped.isdecimal() else None
+def _word(text: bytes) -> str:
+    return text.decode("ascii", "replace").strip()

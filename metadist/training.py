@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from metadist.algorithms import Algorithm
 from metadist.checkpoint import Checkpoint, check_fits, newest_whole_checkpoint, versions_of
 from metadist.checkpoint_writer import CheckpointWriter
 from metadist.config import Config
-from metadist.errors import ConfigError, RunDirError, ServerLostError
+from metadist.errors import CheckpointError, ConfigError, RunDirError, ServerLostError, first_line
 from metadist.evaluation import EVALUATION_MICROBATCH, evaluation_round, summarise
 from metadist.experiment import Experiment
 from metadist.history import UpdateLog
@@ -66,22 +67,28 @@ def train(experiment: Experiment, run_dir: Path | None = None, adopt: bool = Fal
         Interrupted: the run was stopped; it can be resumed if it says so.
     """
     run = RunDirectory.create(run_dir, experiment.config.name)
-    with _kept_if_begun(run, experiment.config), _Training(experiment, run) as training:
+    with _kept_if_begun(run), _Training(experiment, run) as training:
         training.run_all(*_from_elsewhere(run.store(experiment.config), experiment.config, adopt))
     return run
 
 
 def resume(run_dir: Path, overrides: tuple[str, ...] = (), stand_ins: dict[str, Any] | None = None) -> RunDirectory:
-    """Goes on from the newest whole checkpoint of a run; see :func:`train`."""
+    """Goes on from the newest whole checkpoint of a run; see :func:`train`.
+
+    Args:
+        run_dir: the run's directory.
+        overrides: words ``key.sub=value`` that change its config from here on.
+        stand_ins: of what its config cannot name or may not import; see :class:`Experiment`.
+    """
     run = RunDirectory.open(run_dir)
     experiment = Experiment(run.load_config(overrides), **(stand_ins or {}))
-    with _kept_if_begun(run, experiment.config), _Training(experiment, run) as training:
-        training.run_all(*_newest(run.store(experiment.config)))
+    with _kept_if_begun(run), _Training(experiment, run) as training:
+        training.run_all(*_newest(run, experiment.config))
     return run
 
 
 @contextlib.contextmanager
-def _kept_if_begun(run: RunDirectory, config: Config) -> Iterator[None]:
+def _kept_if_begun(run: RunDirectory) -> Iterator[None]:
     """Leaves a run that has ended early only where it can be resumed, and says so."""
     try:
         yield
@@ -92,9 +99,14 @@ def _kept_if_begun(run: RunDirectory, config: Config) -> Iterator[None]:
         raise
 
 
-def _newest(store: Store) -> tuple[Checkpoint | None, list[str]]:
+def _newest(run: RunDirectory, config: Config) -> tuple[Checkpoint | None, list[str]]:
     """What a run is resumed from: nothing, if it was killed before its first checkpoint."""
-    return newest_whole_checkpoint(store) if versions_of(store) else (None, [])
+    before = run.load_config()
+    moved = config.checkpoint.path != before.checkpoint.path
+    if not moved:
+        run.check_taken(run.store(config), config)
+    stores = [run.store(config), run.store(before)] if moved else [run.store(config)]
+    return next((newest_whole_checkpoint(store) for store in stores if versions_of(store)), (None, []))
 
 
 def _from_elsewhere(store: Store, config: Config, adopt: bool) -> tuple[Checkpoint | None, list[str]]:
@@ -110,7 +122,11 @@ def _from_elsewhere(store: Store, config: Config, adopt: bool) -> tuple[Checkpoi
 
 
 def _progress_of(checkpoint: Checkpoint) -> Progress:
-    return Progress(**{k: v for k, v in checkpoint.progress.items() if k in Progress.__dataclass_fields__})
+    known = {k: v for k, v in checkpoint.progress.items() if k in Progress.__dataclass_fields__}
+    try:
+        return TypeAdapter(Progress).validate_python(known)
+    except ValidationError as e:
+        raise CheckpointError(f"checkpoint {checkpoint.version}", f"its progress will not do: {first_line(e)}") from e
 
 
 def open_backend(experiment: Experiment) -> Backend:
@@ -187,6 +203,8 @@ class _Training:
         assert self.backend is not None
         self.content_id, self.base_wall_s, self.started = content_id, self.progress.wall_s, started
         self.backend.start(snapshot, outer_options(self.experiment, self.learner, self.layout))
+        if self.config.checkpoint.path is not None:
+            self.run.take(self.store)
         self.run.save_config(self.config)
         wandb = self._start_trackers(snapshot["version"])
         self.writer = CheckpointWriter(
@@ -309,7 +327,7 @@ class _Training:
             wandb = WandbTracker(mode=w.mode, project=w.project, entity=w.entity, tags=w.tags)
             members.append(wandb)
             # Known before the client is: a run that is killed at once is the same one afterwards.
-            self.progress.wandb_run = self.progress.wandb_run or self.run.wandb_run()
+            self.progress.wandb_run = self.progress.wandb_run or self.run.run_id()
         if tracking.console:
             members.append(ConsoleTracker())
         self.trackers = Trackers(members)

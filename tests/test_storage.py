@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from metadist.checkpoint import BEST, LATEST, load_checkpoint, newest_whole_checkpoint, save_checkpoint
+from metadist.checkpoint import best_of, load_checkpoint, newest_whole_checkpoint, save_checkpoint
 from metadist.errors import CheckpointError, ConfigError
 from metadist.outer import Layout
 from metadist.storage import FolderStore, Store, UrlStore, open_store
@@ -34,11 +34,11 @@ def save(store: Store, version: int, keep: int = 2, best: bool = False) -> None:
 
 
 def test_a_version_comes_back_and_can_be_replaced(store: Store) -> None:
-    assert store.versions() == [] and store.pointed(LATEST) is None
+    assert store.versions() == [] and store.noted("latest") is None
     store.write(7, FILES)
     store.write(7, {"a.bin": b"three", "state.json": b"[]"})
-    store.point(LATEST, 7)
-    assert store.versions() == [7] and store.pointed(LATEST) == 7
+    store.note("latest", "00000007")
+    assert store.versions() == [7] and store.noted("latest") == "00000007"
     assert (store.read(7, "a.bin"), store.size(7, "a.bin")) == (b"three", 5)
     with pytest.raises(OSError):
         store.read(8, "a.bin")
@@ -51,7 +51,7 @@ def test_checkpoints_are_kept_by_their_number_and_the_best_besides(store: Store)
     for version in (2, 4, 6, 10):
         save(store, version, best=version == 4)
     assert store.versions() == [4, 6, 10]
-    assert (store.pointed(BEST), store.pointed(LATEST)) == (4, 10)
+    assert (best_of(store), store.noted("latest")) == (4, "00000010")
     save(store, 12, best=True)
     assert store.versions() == [10, 12]
     found, faults = newest_whole_checkpoint(store)

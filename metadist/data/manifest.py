@@ -132,6 +132,7 @@ def _contradictions(m: Manifest) -> list[str]:
         problems.append(f"examples of shape {list(m.field.shape)}")
     if len(m.field.shape) not in ((0,) if m.field.encoding == "utf-8" else (2, 3)):
         problems.append(f"{m.field.encoding} examples of {len(m.field.shape)} dimensions")
+    problems += [f"{f.name!r} of {f.bytes} bytes" for f in (*m.shards, m.index) if not 0 <= f.bytes < 1 << 48]
     room = sum(max(s.bytes, 0) for s in m.shards)
     if m.blocks < 0 or m.blocks > room // _LEAST_BLOCK:
         problems.append(f"{m.blocks} blocks in {room} bytes of shards")

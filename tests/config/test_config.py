@@ -47,7 +47,10 @@ def fault(text: str, *overrides: str) -> str:
             SHARDS % "sampler: {type: window, blcks: 3}",
             "tasks.sampler.blcks: there is no such field; did you mean blocks?",
         ),
-        (LEAST + "checkpoint: {zzzz: 3}", "checkpoint.zzzz: there is no such field; choose one of every, keep, path, on_error"),
+        (
+            LEAST + "checkpoint: {zzzz: 3}",
+            "checkpoint.zzzz: there is no such field; choose one of every, keep, path, on_error",
+        ),
     ],
     ids=["field", "section", "nested", "in a family", "in a family within a family", "nothing near"],
 )
