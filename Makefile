@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test lint test-slow test-gpu chaos bench clean
+.PHONY: help install train test lint test-slow test-gpu chaos fuzz bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -42,8 +42,11 @@ test-slow: $(INSTALLED) ## the tests that take minutes
 test-gpu: $(INSTALLED) ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
 
-chaos: $(INSTALLED) ## the tests that inject faults into live runs
+chaos: $(INSTALLED) ## a hundred faults injected into live runs, each seen to fire (half an hour)
 	$(BIN)/python -m pytest -m chaos
+
+fuzz: $(INSTALLED) ## ten thousand altered shard sets, checkpoints and configs each
+	$(BIN)/python -m tests.fuzz.fuzz --cases 10000
 
 bench: ## list the benchmarks
 	@find tools/bench -maxdepth 1 -name '*.py' ! -name '_*' 2>/dev/null | sort | sed 's|^|  $(BIN)/python |; s|$$| --quick|'

@@ -81,7 +81,14 @@ def omniglot(source: Path | None, out: Path, split: str, splits_dir: Path | None
 @click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the random split of the classes."
 )
-def folder(source: Path, out: Path, size: int, gray: bool, seed: int) -> None:
+@click.option(
+    "--on-bad", type=click.Choice(["error", "skip"]), default="error", show_default=True,
+    help="What a picture that cannot be read means; skip leaves it out.",
+)  # fmt: skip
+@click.option(
+    "--most-bad", type=click.FloatRange(0, 1), default=0.01, show_default=True, help="With skip, the share that may be."
+)
+def folder(source: Path, out: Path, size: int, gray: bool, seed: int, on_bad: str, most_bad: float) -> None:
     """Pictures of your own, one folder a class.
 
     \b
@@ -91,7 +98,9 @@ def folder(source: Path, out: Path, size: int, gray: bool, seed: int) -> None:
     from metadist.data import pack_folder
 
     with _Progress("packing") as progress:
-        manifest = pack_folder(source, out, size=size, grayscale=gray, seed=seed, progress=progress)
+        manifest = pack_folder(
+            source, out, size=size, grayscale=gray, seed=seed, on_bad=on_bad, most_bad=most_bad, progress=progress
+        )
     _done(out, manifest)
 
 
@@ -188,6 +197,8 @@ def _done(out: Path, manifest: Any) -> None:
     if manifest is None:
         raise DataError(out, "nothing was packed")
     parts = ", ".join(f"{len(members)} classes {split}" for split, members in manifest.splits.items())
+    for klass, count in manifest.notes.get("left_out", {}).items():
+        click.echo(f"left out {count} of class {klass}, which cannot be read", err=True)
     click.echo(
         f"{out}: {parts}; {manifest.examples:,} examples in {len(manifest.shards)} shards, "
         f"content_id {manifest.content_id.removeprefix('sha256:')[:12]}"

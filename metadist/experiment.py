@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -132,6 +132,11 @@ class Experiment:
         engine = self.config.engine.model_copy(update=changes)
         return replace(self, config=self.config.model_copy(update={"engine": engine}), _sources=self._sources)
 
+    def without_blocks(self, left_out: Sequence[str]) -> Experiment:
+        """The same, with blocks of its shard set left out."""
+        tasks = self.config.tasks.model_copy(update={"left_out": tuple(left_out)})
+        return replace(self, config=self.config.model_copy(update={"tasks": tasks}), _sources={})
+
     def first_tasks(self, count: int) -> EpisodeBatch:
         """The first tasks to learn from, for trying things out; not those of any step."""
         batch = self.source(self.train_split).episodes(self.config.seed, "example", range(count))
@@ -164,7 +169,7 @@ class Experiment:
             return self._construct("tasks", section, TaskSource).split(split)
         if section.type == "python":
             raise _python_only("tasks", section.name)
-        options = section.model_dump(exclude={"type", "train_split"})
+        options = section.model_dump(exclude={"type", "train_split", "on_bad", "most_bad"})
         for name, value in size.given().items():
             if name not in options:
                 known = ", ".join(n for n in EpisodeSize.__dataclass_fields__ if n in options)

@@ -6,15 +6,20 @@ bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from dataclasses import field as dataclass_field
+from pathlib import Path
 from typing import Any
 
 from pydantic import ByteSize
+from rich.console import Console
+from rich.progress import Progress
 
 from metadist.algorithms import Plan
 from metadist.episode import EpisodeBatch, Examples
-from metadist.errors import ConfigError
+from metadist.errors import ConfigError, DataError
 from metadist.experiment import Experiment
 from metadist.inner import Engine, Tensors, choose_strategy, compiler_missing
 from metadist.inner.engine import Strategy
@@ -29,11 +34,13 @@ class Resolved:
         experiment: it.
         reason: why the engine is not the one hoped for; empty if it is.
         memory: bytes that a microbatch is predicted to take, where ``engine.memory`` bounds them.
+        left_out: of which class how many blocks are left out, since they cannot be read.
     """
 
     experiment: Experiment
     reason: str = ""
     memory: int | None = None
+    left_out: Mapping[str, int] = dataclass_field(default_factory=dict)
 
 
 def resolve(experiment: Experiment) -> Resolved:
@@ -41,7 +48,9 @@ def resolve(experiment: Experiment) -> Resolved:
 
     Raises:
         ConfigError: the engine asked for does not go with the rest of the config.
+        DataError: there are more bad blocks than ``tasks.most_bad`` allows.
     """
+    experiment, left_out = _without_bad_blocks(experiment)
     section, reason = experiment.config.engine, ""
     strategy, compiled = section.strategy, section.compile
     if compiled is True and (reason := compiler_missing()):
@@ -52,7 +61,40 @@ def resolve(experiment: Experiment) -> Resolved:
     experiment, memory = experiment.with_engine(strategy=strategy, compile=compiled), None
     if section.memory is not None:
         experiment, memory = _within(experiment, section.memory)
-    return Resolved(experiment, reason, memory)
+    return Resolved(experiment, reason, memory, left_out)
+
+
+def _without_bad_blocks(experiment: Experiment) -> tuple[Experiment, dict[str, int]]:
+    """With ``tasks.on_bad: skip``, the experiment without the blocks that cannot be read, and how many of each class.
+
+    They are looked for once, when the run begins, and kept in its config: what a run draws from does not depend on who
+    reads when.
+    """
+    tasks = experiment.config.tasks
+    if tasks.type != "shards" or tasks.on_bad == "error" or experiment.tasks is not None:
+        return experiment, {}
+    from metadist.data import bad_blocks, class_of, load_manifest
+
+    manifest = load_manifest(Path(tasks.path))
+    if tasks.left_out is None:
+        console = Console(stderr=True)
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as shown:
+            bar = shown.add_task("looking for bad blocks", total=manifest.blocks)
+            bad = bad_blocks(tasks.path, lambda done, total: shown.update(bar, completed=done))
+        if len(bad) > tasks.most_bad * manifest.blocks:
+            some = "".join(f"\n  {why}" for why in list(bad.values())[:5])
+            raise DataError(
+                tasks.path,
+                f"{len(bad)} of its {manifest.blocks} blocks cannot be read, more than tasks.most_bad="
+                f"{tasks.most_bad:g} allows:{some}\n",
+                "pack or copy the set again",
+            )
+        experiment = experiment.without_blocks(sorted(bad))
+    counts: Counter[str] = Counter()
+    for key in experiment.config.tasks.left_out or ():  # type: ignore[union-attr]
+        number = class_of(key)
+        counts[manifest.classes[number] if number < len(manifest.classes) else key] += 1
+    return experiment, dict(counts)
 
 
 def _strategy(experiment: Experiment, traced: bool) -> tuple[Strategy, bool, str]:

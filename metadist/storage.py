@@ -11,6 +11,7 @@ from metadist.errors import ConfigError, first_line
 from metadist.files import whole_directory, write_atomically
 
 _LONGEST = 200
+_OBJECTS = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "oci"}
 
 
 class Store(Protocol):
@@ -146,7 +147,7 @@ class UrlStore:
         assert list(files)[-1] == self._mark, "the mark comes last"
 
         def put() -> None:
-            self._fs.makedirs(self._at(version), exist_ok=True)
+            self._make(self._at(version))
             if self._fs.exists(self._at(version, self._mark)):
                 self._fs.rm_file(self._at(version, self._mark))
             for name, data in files.items():
@@ -165,7 +166,7 @@ class UrlStore:
 
     def note(self, name: str, text: str) -> None:
         def put() -> None:
-            self._fs.makedirs(self._root, exist_ok=True)
+            self._make(self._root)
             self._fs.pipe_file(f"{self._root}/{name}", f"{text}\n".encode())
 
         self._safely(put)
@@ -181,6 +182,12 @@ class UrlStore:
 
     def _at(self, version: int, name: str = "") -> str:
         return f"{self._root}/{version:08d}" + (f"/{name}" if name else "")
+
+    def _make(self, folder: str) -> None:
+        """A folder, where there are folders. Object storage has none, and would make a bucket instead."""
+        kinds = {self._fs.protocol} if isinstance(self._fs.protocol, str) else set(self._fs.protocol)
+        if not kinds & _OBJECTS:
+            self._fs.makedirs(folder, exist_ok=True)
 
     def _safely(self, act: Any) -> Any:
         """What storage clients raise comes in many types; here it is one."""

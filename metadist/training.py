@@ -170,8 +170,13 @@ class _Training:
         finally:
             self.stop.__exit__()
 
-    def _about_the_engine(self) -> Iterator[str]:
-        """What a person should know of how tasks are computed."""
+    def _notable(self) -> Iterator[str]:
+        """What a person should know of the data, and of how tasks are computed."""
+        if left_out := self.decided.left_out:
+            blocks = sum(left_out.values())
+            some = ", ".join(f"{n} of {name}" for name, n in list(left_out.items())[:8])
+            more = ", ..." if len(left_out) > 8 else ""
+            yield f"{blocks} blocks that cannot be read are left out (tasks.on_bad=skip): {some}{more}"
         engine, decided = self.config.engine, self.decided
         if decided.reason:
             yield f"tasks are computed by the {engine.strategy}: {decided.reason}"
@@ -218,7 +223,7 @@ class _Training:
                 self.progress.wandb_run = wandb.run_id
             for fault in faults:
                 self.trackers.message(f"passed over a damaged checkpoint: {fault}")
-            for line in self._about_the_engine():
+            for line in self._notable():
                 self.trackers.message(line)
             if self.config.runtime.type == "ray" and self.config.runtime.topology == "allreduce_unordered":
                 self.trackers.message(
@@ -482,6 +487,7 @@ class _Training:
             "checkpoints_failed": self.writer.failed,
             "wandb_run": totals.wandb_run,
             "content_id": self.content_id,
+            "left_out": self.decided.left_out,
             "runtime": {
                 **self.backend.describe(),
                 "torch": torch.__version__,

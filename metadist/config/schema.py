@@ -85,6 +85,13 @@ class ShardTasksConfig(ClassTasks):
     resident: bool | Literal["auto"] = Field("auto", description="hold the split in memory")
     train_split: str = Field("train", description="the split to meta-train on")
     augmentation: AugmentationConfig = AugmentationConfig()
+    on_bad: Literal["error", "skip"] = Field(
+        "error", description="blocks that are cut, altered or no pictures end the run, or are left out from its start"
+    )
+    most_bad: Fraction = Field(0.01, description="with on_bad: skip, the share of the blocks that may be left out")
+    left_out: tuple[Annotated[str, Field(pattern=r"^c\d+-\d+$")], ...] | None = Field(
+        None, description="the blocks that are left out; null: with on_bad: skip they are looked for when a run begins"
+    )
 
 
 class CustomTasksConfig(CustomConfig):

@@ -3,13 +3,13 @@
 :class:`~metadist.data.stream.EpisodeStream` is imported from its own module, since it needs ``webdataset``.
 """
 
-from metadist.data.manifest import Field, Manifest
+from metadist.data.manifest import Field, Manifest, load_manifest
 from metadist.data.omniglot import pack_omniglot
 from metadist.data.pack import pack_arrays, pack_classes, pack_folder
 from metadist.data.prefetch import Prefetch
 from metadist.data.samplers import ClassPool, Draws, UniformSampler, WindowSampler
 from metadist.data.shards import ShardSet
-from metadist.data.verify import Report, info, verify
+from metadist.data.verify import Report, bad_blocks, class_of, info, verify
 from metadist.data.writer import ShardWriter, seal
 
 __all__ = [
@@ -30,4 +30,7 @@ __all__ = [
     "pack_omniglot",
     "seal",
     "verify",
+    "bad_blocks",
+    "class_of",
+    "load_manifest",
 ]

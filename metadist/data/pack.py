@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ def pack_classes(
     name: str,
     licence: str = "",
     source: str = "",
-    notes: Mapping[str, Any] | None = None,
+    notes: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
     block_examples: int = BLOCK_EXAMPLES,
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
@@ -45,7 +45,7 @@ def pack_classes(
         classes: (name, function that gives its examples: uint8 ``[n, *shape]`` or n encoded ones).
         splits: numbers of the classes of each split, a class in one at most.
         field: how examples are kept.
-        name, licence, source, notes: what the manifest says of the set.
+        name, licence, source, notes: what the manifest says of the set; notes may be told at the end, by a function.
         block_examples: most examples in a block.
         shard_bytes: size after which a new tar begins.
         progress: called with (classes done, classes in all).
@@ -65,8 +65,9 @@ def pack_classes(
         finally:
             writer.close()
         return seal(
-            directory, name=name, field=field, classes=names, splits=splits, licence=licence, source=source, notes=notes
-        )
+            directory, name=name, field=field, classes=names, splits=splits, licence=licence, source=source,
+            notes=notes() if callable(notes) else notes,
+        )  # fmt: skip
 
 
 def pack_arrays(
@@ -125,6 +126,8 @@ def pack_folder(
     encoding: str = "array",
     fractions: Mapping[str, float] | None = None,
     seed: int = 0,
+    on_bad: str = "error",
+    most_bad: float = 0.01,
     name: str | None = None,
     licence: str = "",
     block_examples: int = BLOCK_EXAMPLES,
@@ -144,12 +147,17 @@ def pack_folder(
         encoding: ``array``, or ``jpeg`` or ``png`` for smaller shards that take longer to read.
         fractions: share of the classes in each split, by default 64, 16 and 20 %.
         seed: of the deal.
+        on_bad: what an image that cannot be read means: ``error``; or ``skip``: it is left out, and counted by class
+            in the manifest's notes.
+        most_bad: with ``skip``, the share of the images that may be left out.
         name, licence, block_examples, shard_bytes, progress: as for :func:`pack_classes`.
 
     Raises:
         DataError: as :func:`pack_classes`, or if the folders hold no class, one class is in two splits, or an
-            image cannot be read.
+            image, or too many of them, cannot be read.
     """
+    if on_bad not in ("error", "skip"):
+        raise DataError("on_bad", f"{on_bad!r}", "write error or skip")
     if size < 1 or encoding not in ("array", "png", "jpeg"):
         raise DataError("size, encoding", f"{size} and {encoding!r}", "size is at least 1; encoding array, png or jpeg")
     root = Path(source)
@@ -164,16 +172,35 @@ def pack_folder(
         splits = {s: [names.index(n) for n in sorted(members)] for s, members in splits.items()}
     mode, shape = ("L", (size, size)) if grayscale else ("RGB", (size, size, 3))
 
-    def loader(group: list[SourceFile]) -> Callable[[], NDArray[np.uint8] | list[bytes]]:
-        return lambda: _encoded([_fitted(f, size, mode) for f in group], encoding)
+    bad: list[str] = []
+    left_out: dict[str, int] = {}
+    most = int(most_bad * len(files)) if on_bad == "skip" else 0
+
+    def fitted(klass: str) -> Iterator[Any]:
+        for file in groups[klass]:
+            try:
+                yield _fitted(file, size, mode)
+            except DataError as e:
+                if on_bad == "error":
+                    raise
+                bad.append(str(e))
+                left_out[klass] = left_out.get(klass, 0) + 1
+                if len(bad) > most:
+                    some = "".join(f"\n  {why}" for why in bad[:5])
+                    told = f"more than {most} of {len(files)} images cannot be read:{some}\n"
+                    raise DataError(root, told, "mend or remove them, or raise most_bad") from None
+
+    def loader(klass: str) -> Callable[[], NDArray[np.uint8] | list[bytes]]:
+        return lambda: _encoded(list(fitted(klass)), encoding)
 
     return pack_classes(
         out,
-        [(n, loader(groups[n])) for n in names],
+        [(n, loader(n)) for n in names],
         splits,
         Field(encoding, shape),
         name=name or root.resolve().name,
         licence=licence,
+        notes=lambda: {"left_out": left_out} if left_out else {},
         block_examples=block_examples,
         shard_bytes=shard_bytes,
         progress=progress,
@@ -224,7 +251,7 @@ def _fitted(file: SourceFile, size: int, mode: str) -> Any:
 
 
 def _encoded(images: Sequence[Any], encoding: str) -> NDArray[np.uint8] | list[bytes]:
-    if encoding == "array":
+    if encoding == "array" and images:
         return np.stack([np.asarray(i, dtype=np.uint8) for i in images])
     parts = []
     for image in images:

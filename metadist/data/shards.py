@@ -19,7 +19,7 @@ import threading
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,13 @@ class Index:
     def rows(self) -> Ints:
         """First row of each block among all examples, int64 ``[B + 1]``."""
         return np.concatenate([[0], np.cumsum(self.columns["n"])]).astype(np.int64)
+
+    def without(self, keys: Collection[str]) -> Index:
+        """The same without some blocks."""
+        if not keys:
+            return self
+        kept = np.array([self.key(b) not in keys for b in range(len(self))])
+        return Index({name: column[kept] for name, column in self.columns.items()})
 
     def key(self, b: int) -> str:
         """Name of block ``b``'s members in the tar, without extension."""
@@ -131,18 +138,23 @@ class ShardSet:
     Args:
         path: the directory.
         cache_bytes: decoded blocks kept for the next reader.
+        left_out: keys of blocks that are not to be there, e.g. ``c00012-0003``: they cannot be read. None takes the
+            shards as they are, cut or missing, to look for such blocks (:func:`metadist.data.verify.bad_blocks`).
 
     Raises:
         DataError: if it is missing, not a shard set, of a newer schema, or a file is missing or cut.
     """
 
-    def __init__(self, path: str | os.PathLike[str], cache_bytes: int = 256 << 20) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], cache_bytes: int = 256 << 20, left_out: Collection[str] | None = ()
+    ) -> None:
         self.path, self.cache_bytes = Path(path), cache_bytes
         self.manifest = load_manifest(self.path)
         self._reset()
-        for file, shard in zip(self._paths, self.manifest.shards, strict=True):
-            check_size(file, shard)
-        self.index = read_index(self.path / INDEX, self.manifest)
+        if left_out is not None and not left_out:
+            for file, shard in zip(self._paths, self.manifest.shards, strict=True):
+                check_size(file, shard)
+        self.index = read_index(self.path / INDEX, self.manifest).without(left_out or ())
         self.rows = self.index.rows
 
     def _reset(self) -> None:
@@ -277,7 +289,7 @@ class ShardSet:
 
     def pool(self, split: str, turned: bool = False) -> ClassPool:
         """The classes of a split for a sampler; if ``turned``, each quarter turn of a class is one of its own."""
-        base = self.classes_of(split)
+        base = np.intersect1d(self.classes_of(split), self.index["class"])  # of some, all blocks may be left out
         turns = np.arange(4 if turned else 1, dtype=np.int64)
         first = np.searchsorted(self.index["class"], base)
         blocks = np.searchsorted(self.index["class"], base, side="right") - first

@@ -107,6 +107,36 @@ def verify(path: str | Path, progress: Progress | None = None) -> Report:
     return Report(str(path), len(manifest.shards), manifest.blocks, manifest.examples, size, manifest.content_id)
 
 
+def bad_blocks(path: str | Path, progress: Progress | None = None) -> dict[str, str]:
+    """Blocks of a shard set that cannot be read: their keys, and what is wrong with each.
+
+    Args:
+        path: directory of the set; its manifest and index must be whole.
+        progress: called with (blocks done, blocks in all).
+
+    Raises:
+        DataError: manifest or index cannot be read.
+    """
+    shards, found = ShardSet(path, left_out=None), {}
+    for b in range(len(shards.index)):
+        try:
+            if shards.manifest.field.encoding == "utf-8":
+                shards.parts(b)
+            else:
+                shards.read(b)
+        except DataError as e:
+            found[shards.index.key(b)] = str(e)
+        if progress:
+            progress(b + 1, len(shards.index))
+    shards.close()
+    return found
+
+
+def class_of(key: str) -> int:
+    """The number of the class of a block, by its key."""
+    return int(key[1:].partition("-")[0])
+
+
 def _compare_file(file: Path, shard: Any, problems: list[str]) -> None:
     try:
         found = file_entry(file)

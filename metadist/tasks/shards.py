@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -81,6 +82,7 @@ class ShardTasks(TaskSource):
         order, labels: see :func:`~metadist.tasks.sequences.arrange`.
         augmentation: changes to the pictures of ``split``, see :class:`~metadist.tasks.augmentation.Augmentation`;
             the other splits show theirs as they are.
+        left_out: keys of blocks that are taken not to be there.
 
     Raises:
         DataError: if the set is missing, damaged or of a newer schema, lacks the split, or is too small for the
@@ -100,6 +102,7 @@ class ShardTasks(TaskSource):
         order: str = "by_class",
         labels: str = "index",
         augmentation: Augmentation | Mapping[str, Any] | None = None,
+        left_out: Sequence[str] | None = None,
     ) -> None:
         check_choices(order, labels)
         self.augmentation, self._augmented_split = Augmentation.of(augmentation), split
@@ -115,7 +118,8 @@ class ShardTasks(TaskSource):
         self.ways, self.shots, self.query_shots, self.rotations = ways, shots, query_shots, rotations
         self.sampler_options = _sampler_options(sampler)
         self.resident = resident
-        self._shards = ShardSet(path)
+        self.left_out = tuple(sorted(left_out or ()))
+        self._shards = ShardSet(path, left_out=frozenset(self.left_out))
         self._check_images()
         self._store: Resident | None = None
         self._use(split)
@@ -211,7 +215,8 @@ class ShardTasks(TaskSource):
         """What a run should remember of its data."""
         m = self._shards.manifest
         return {
-            "content_id": m.content_id,
+            "content_id": _content_id(m.content_id, self.left_out),
+            "left_out": len(self.left_out),
             "name": m.name,
             "path": self.path,
             "split": self.split_name,
@@ -232,6 +237,13 @@ class ShardTasks(TaskSource):
     def close(self) -> None:
         """Closes the shards."""
         self._shards.close()
+
+
+def _content_id(whole: str, left_out: Sequence[str]) -> str:
+    """What the data are known by: a set without some of its blocks is another one."""
+    if not left_out:
+        return whole
+    return "sha256:" + hashlib.sha256(" ".join([whole, *left_out]).encode()).hexdigest()
 
 
 def _sampler_options(sampler: str | Mapping[str, Any]) -> dict[str, Any]:
