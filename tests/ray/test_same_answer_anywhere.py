@@ -84,6 +84,22 @@ def test_ray_gives_the_bits_of_one_process(omniglot_shards, undisturbed, tmp_pat
     assert numbers(tmp_path / "run") == undisturbed[1]
 
 
+def test_a_second_ctrl_c_leaves_at_once_and_the_run_resumes_to_the_same_bits(omniglot_shards, undisturbed, tmp_path):
+    run_dir = tmp_path / "run"
+    process = started(omniglot_shards, run_dir, **LOCAL, **{"checkpoint.every": 2})
+    wait_for_step(run_dir, 5, process)
+    # The first is noted by a process that is held in the middle of a step: the second finds it waiting for its end.
+    process.send_signal(signal.SIGSTOP)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGCONT)
+    assert process.wait(timeout=60) in (130, 143)
+    invoke(["resume", str(run_dir)])
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["meta_params_sha256"] == undisturbed[0]["meta_params_sha256"]
+    assert numbers(run_dir) == undisturbed[1]
+
+
 @pytest.mark.usefixtures("cluster")
 def test_a_killed_and_resumed_run_gives_the_same_bits(omniglot_shards, undisturbed, tmp_path):
     run_dir = tmp_path / "run"
