@@ -7,6 +7,7 @@ so that nothing runs twice behind the controller's back.
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -101,6 +102,7 @@ class RayBackend:
         self._unwanted: set[int] = set()
         self._server: RayServer | None = None
         self._started_here = connect(self._runtime)
+        self._here = ray.get_runtime_context().get_node_id()
         try:
             self._workers, self._gpus = plan_workers(self._runtime, ray.cluster_resources())
         except MetadistError:
@@ -267,12 +269,19 @@ class RayBackend:
         return self._replace(worker, reason)
 
     def _leave(self) -> list[Event]:
-        """Lets go of the workers of nodes that are being drained, once they hold no lease; looks once a second."""
+        """Lets go of the workers of nodes that are being drained, once they hold no lease; looks once a second.
+
+        If the driver's own node is one of them, the run is stopped as by SIGTERM: it can be resumed elsewhere.
+        """
         now = time.monotonic()
         if now - self._membership_seen < _MEMBERSHIP_S:
             return []
         self._membership_seen = now
         draining = draining_nodes()
+        if self._here in draining:
+            self._here = ""
+            signal.raise_signal(signal.SIGTERM)
+            return []
         events: list[Event] = []
         for number, handle in list(self._handles.items()):
             handle.leaving = handle.leaving or handle.node in draining

@@ -101,6 +101,31 @@ def test_a_second_ctrl_c_leaves_at_once_and_the_run_resumes_to_the_same_bits(omn
 
 
 @pytest.mark.usefixtures("cluster")
+def test_a_notice_that_the_drivers_node_will_go_leaves_a_run_that_resumes(
+    omniglot_shards, undisturbed, tmp_path, monkeypatch
+):
+    import ray
+    from click.testing import CliRunner
+
+    run_dir = tmp_path / "run"
+
+    def draining() -> set[str]:
+        made = (run_dir / "metrics.jsonl").read_bytes().count(b"\n") if (run_dir / "metrics.jsonl").exists() else 0
+        return {ray.get_runtime_context().get_node_id()} if made >= 3 else set()
+
+    monkeypatch.setattr("metadist.runtime.ray.draining_nodes", draining)
+    monkeypatch.setattr("metadist.runtime.ray._MEMBERSHIP_S", 0.0)
+    two = {"runtime.type": "ray", "runtime.workers": 2}
+    told = CliRunner().invoke(main, ["train", CONFIG, *words(omniglot_shards, **two), "--run-dir", str(run_dir)])
+    assert told.exit_code == 143 and f"metadist resume {run_dir}" in told.output, told.output
+    assert int((run_dir / "checkpoints" / "latest").read_text()) == len(numbers(run_dir)) < STEPS
+    monkeypatch.undo()
+    invoke(["resume", str(run_dir), "runtime.type=local"])
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["meta_params_sha256"] == undisturbed[0]["meta_params_sha256"]
+
+
+@pytest.mark.usefixtures("cluster")
 def test_a_killed_and_resumed_run_gives_the_same_bits(omniglot_shards, undisturbed, tmp_path):
     run_dir = tmp_path / "run"
     # Slow enough to be caught in the middle, and killed without a chance to tidy up.
