@@ -13,7 +13,16 @@ from metadist.algorithms.sequence import INSTANCE
 from metadist.experiment import EpisodeSize
 from metadist.worker import Round
 
-EVALUATION_MICROBATCH = 25
+_TASKS_TOGETHER, _BYTES_TOGETHER = 25, 1 << 30
+
+
+def tasks_together(parameters: int) -> int:
+    """How many tasks an evaluation adapts at once: 25, or fewer where each adapts a copy of a large model.
+
+    Args:
+        parameters: numbers in the meta-parameters, of four bytes each.
+    """
+    return max(1, min(_TASKS_TOGETHER, _BYTES_TOGETHER // (4 * max(1, parameters))))
 
 
 def evaluation_round(version: int, split: str, episodes: int, tasks_per_microbatch: int, size: EpisodeSize) -> Round:

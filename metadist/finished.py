@@ -22,7 +22,7 @@ from metadist.checkpoint import (
     versions_of,
 )
 from metadist.errors import CheckpointError, RunDirError
-from metadist.evaluation import EVALUATION_MICROBATCH, evaluation_round, summarise
+from metadist.evaluation import evaluation_round, summarise, tasks_together
 from metadist.experiment import Experiment
 from metadist.history import UPDATES, replayed, updates
 from metadist.outer.gradient import Layout, sha256_of
@@ -39,7 +39,8 @@ def evaluate(
     config = experiment.config.evaluation
     count = episodes or config.episodes
     size = experiment.evaluation_size
-    round = evaluation_round(checkpoint.version, config.split, count, EVALUATION_MICROBATCH, size)
+    together = tasks_together(sum(v.numel() for v in checkpoint.meta_params.values()))
+    round = evaluation_round(checkpoint.version, config.split, count, together, size)
     source = experiment.source(config.split, size)
     pieces: dict[str, list[np.ndarray]] = {}
     dtype = next(iter(checkpoint.meta_params.values())).dtype

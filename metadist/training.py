@@ -18,7 +18,7 @@ from metadist.checkpoint import Checkpoint, check_fits, newest_whole_checkpoint,
 from metadist.checkpoint_writer import CheckpointWriter
 from metadist.config import Config
 from metadist.errors import CheckpointError, ConfigError, RunDirError, ServerLostError, first_line
-from metadist.evaluation import EVALUATION_MICROBATCH, evaluation_round, summarise
+from metadist.evaluation import evaluation_round, summarise, tasks_together
 from metadist.experiment import Experiment
 from metadist.history import UpdateLog
 from metadist.outer.gradient import Layout, sha256_of
@@ -441,7 +441,7 @@ class _Training:
 
     def _evaluate(self, version: int, split: str, episodes: int) -> dict[str, Any]:
         size = self.experiment.evaluation_size
-        round = evaluation_round(version, split, episodes, EVALUATION_MICROBATCH, size)
+        round = evaluation_round(version, split, episodes, tasks_together(self.layout.numel), size)
         result = self.controller.run(round)
         summary = summarise(result.metrics, self.metric, split, self.learner.model.batchnorm)
         self.trackers.log_evaluation(version, summary)
@@ -504,7 +504,9 @@ class _Training:
 
         evaluation = self.config.evaluation
         source = self.experiment.source(evaluation.split, self.experiment.evaluation_size)
-        batch = source.episodes(self.config.seed, f"evaluation/{evaluation.split}", [0, 1, 2, 3])
+        batch = source.episodes(
+            self.config.seed, f"evaluation/{evaluation.split}", range(min(4, tasks_together(self.layout.numel)))
+        )
         before, after = self.learner.outputs(meta_params, batch.to("cpu", next(iter(meta_params.values())).dtype))
         picture = draw_episodes(batch, self.run.path / "episodes.png", before, after)
         write_report(self.run.path)

@@ -113,13 +113,13 @@ def test_a_notice_that_the_drivers_node_will_go_leaves_a_run_that_resumes(
         made = (run_dir / "metrics.jsonl").read_bytes().count(b"\n") if (run_dir / "metrics.jsonl").exists() else 0
         return {ray.get_runtime_context().get_node_id()} if made >= 3 else set()
 
-    monkeypatch.setattr("metadist.runtime.ray.draining_nodes", draining)
-    monkeypatch.setattr("metadist.runtime.ray._MEMBERSHIP_S", 0.0)
     two = {"runtime.type": "ray", "runtime.workers": 2}
-    told = CliRunner().invoke(main, ["train", CONFIG, *words(omniglot_shards, **two), "--run-dir", str(run_dir)])
+    with monkeypatch.context() as patch:
+        patch.setattr("metadist.runtime.ray.draining_nodes", draining)
+        patch.setattr("metadist.runtime.ray._MEMBERSHIP_S", 0.0)
+        told = CliRunner().invoke(main, ["train", CONFIG, *words(omniglot_shards, **two), "--run-dir", str(run_dir)])
     assert told.exit_code == 143 and f"metadist resume {run_dir}" in told.output, told.output
     assert int((run_dir / "checkpoints" / "latest").read_text()) == len(numbers(run_dir)) < STEPS
-    monkeypatch.undo()
     invoke(["resume", str(run_dir), "runtime.type=local"])
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["meta_params_sha256"] == undisturbed[0]["meta_params_sha256"]

@@ -1,0 +1,181 @@
+"""Memory of a run on a large model: three steps of MAML over Ray with two workers and a server of four shards.
+
+By default a network of 250 million parameters, 1 GB. What every kind of process holds is sampled while it runs: its own
+memory, and the object store's, in which gradients and weights travel. It is printed in gigabytes and in copies of the
+parameters, beside the copies that the design accounts for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tools.bench._tables import keep_rows, show_table  # noqa: E402
+
+COLUMNS = ("what", "processes", "peak_gb", "copies", "accounted_for", "by")
+KINDS = {"ray::_Worker": "worker", "ray::_Shard": "server shards"}
+ACCOUNTS: dict[str, tuple[float, str]] = {
+    "driver": (3, "initial parameters by name and flat, a snapshot on its way to shards or disk"),
+    "server shards": (6, "parameters, gradient, Adam's two moments; a snapshot and the copy that is sent"),
+    "worker": (6, "parameters; adapted ones; gradients of support and query; a Hessian product; what is sent"),
+    "object store": (6, "weights of two versions; a gradient of each worker; a snapshot"),
+}  # fmt: skip
+
+
+class Memory:
+    """Samples the memory of a process and all below it, by kind.
+
+    Attributes:
+        peaks: bytes at the most, by kind; of ``worker`` the largest process, of the others all together.
+        most: bytes at the most of all together, the object store once.
+        processes: how many of a kind there were at the most.
+    """
+
+    def __init__(self, root: int) -> None:
+        self._root, self._stop = root, threading.Event()
+        self.peaks: dict[str, int] = {}
+        self.processes: dict[str, int] = {}
+        self.most = 0
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends sampling."""
+        self._stop.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        while not self._stop.wait(0.05):
+            now: dict[str, list[int]] = {}
+            shared = 0
+            for kind, own, store in _tree(self._root):
+                now.setdefault(kind, []).append(own)
+                shared = max(shared, store)
+            total = sum(map(sum, now.values())) + shared
+            self.most = max(self.most, total)
+            for kind, sizes in now.items():
+                size = max(sizes) if kind == "worker" else sum(sizes)
+                self.peaks[kind] = max(self.peaks.get(kind, 0), size)
+                self.processes[kind] = max(self.processes.get(kind, 0), len(sizes))
+            self.peaks["object store"] = max(self.peaks.get("object store", 0), shared)
+
+
+def _tree(root: int) -> Iterator[tuple[str, int, int]]:
+    """Kind, bytes of its own, and bytes of shared memory, of a process and all below it."""
+    parents, words = {}, {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                words[int(entry.name)] = (entry / "cmdline").read_text()
+            except (OSError, ValueError, IndexError):
+                continue
+    for pid in parents:
+        above = pid
+        while above in parents and above != root:
+            above = parents[above]
+        if above != root:
+            continue
+        try:
+            status = (Path("/proc") / str(pid) / "status").read_text()
+        except OSError:
+            continue
+        sizes = {
+            line.split(":")[0]: int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("Rss")
+        }
+        kind = next((k for start, k in KINDS.items() if words[pid].startswith(start)), "")
+        kind = kind or ("driver" if pid == root else "object store" if "raylet" in words[pid] else "other")
+        yield kind, sizes.get("RssAnon", 0), sizes.get("RssShmem", 0)
+
+
+def run(parameters: int, workers: int, shards: int, steps: int, folder: Path) -> tuple[Memory, dict[str, Any], str]:
+    """Trains, watched; the memory, the summary, and what the run said."""
+    width = round(math.sqrt(parameters))
+    words = {
+        "model": f"{{type: mlp, hidden: [{width}, {width}]}}",
+        "algorithm": "{type: maml, inner_lr: 1e-3, inner_steps: 1}",
+        "outer": f"{{steps: {steps}, meta_batch_size: {2 * workers}, tasks_per_microbatch: 1, lr: 1e-5}}",
+        "runtime": f"{{type: ray, workers: {workers}, server_shards: {shards}}}", "engine.compile": "false",
+        "evaluation.episodes": "4", "checkpoint.every": str(10 * steps), "tracking.wandb.mode": "disabled",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "metadist.cli", "train", str(ROOT / "configs" / "sinusoid_maml.yaml")]
+    command += [f"{k}={v}" for k, v in words.items()] + ["--run-dir", str(folder / "run")]
+    with (folder / "log").open("w+") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+        memory = Memory(process.pid)
+        code = process.wait()
+        memory.stop()
+        log.seek(0)
+        said = log.read()
+    if code:
+        raise SystemExit(f"the run ended with {code}:\n{said}")
+    return memory, json.loads((folder / "run" / "summary.json").read_text()), said
+
+
+def rows_of(memory: Memory, parameters: int) -> list[dict[str, Any]]:
+    """A row for each kind of process."""
+    rows = []
+    for kind, (copies, by) in ACCOUNTS.items():
+        peak = memory.peaks.get(kind, 0)
+        rows.append({
+            "what": kind, "processes": memory.processes.get(kind, 1), "peak_gb": peak / 1e9,
+            "copies": peak / (4 * parameters), "accounted_for": copies, "by": by,
+        })  # fmt: skip
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs, prints, and keeps the rows if asked to."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example: python tools/bench/large_model.py --parameters 250000000 --json large.json",
+    )  # fmt: skip
+    parser.add_argument("--parameters", type=int, default=250_000_000)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--shards", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="ten million parameters")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the rows and how they came about")
+    options = parser.parse_args(arguments)
+    parameters = 10_000_000 if options.quick else options.parameters
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        memory, summary, said = run(parameters, options.workers, options.shards, options.steps, Path(folder))
+    rows = rows_of(memory, parameters)
+    cells = [
+        [
+            r["what"],
+            f"{r['peak_gb']:.2f}",
+            f"{r['copies']:.1f}",
+            f"{r['accounted_for']:g}",
+            str(r["processes"]),
+            r["by"],
+        ]
+        for r in rows
+    ]
+    title = f"{parameters / 1e6:g} M parameters, {4 * parameters / 1e9:.2f} GB, {summary['version']} steps"
+    show_table(("what", "peak GB", "copies", "accounted for", "processes", "by"), cells, title)
+    print(f"all together at the most {memory.most / 1e9:.2f} GB, in {time.monotonic() - began:.0f} s")
+    if options.json:
+        keep_rows(options.json, rows, {
+            "date": datetime.date.today().isoformat(), "parameters": parameters, "workers": options.workers,
+            "shards": options.shards, "most_gb": memory.most / 1e9, "cpus": os.cpu_count(),
+        })  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
