@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metadist.outer.tree import ADD, tree_sum
+from metadist.outer.vectors import ADD, tree_sum
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metadist.outer import vectors
+
 _CHUNK = 1 << 16
 
 
@@ -25,15 +27,9 @@ def chunk_starts(sizes: Sequence[int]) -> list[int]:
 
 
 def mean_and_squares(vector: Tensor, tasks: float, starts: Sequence[int]) -> list[float]:
-    """Divides a vector by ``tasks``, in place; the sum of squares of each chunk, in float64.
-
-    In one pass: a chunk is read again while it is near.
-    """
-    squares = []
-    for start, stop in pairwise([*starts, len(vector)]):
-        wide = vector[start:stop].div_(tasks).double()
-        squares.append(float(torch.dot(wide, wide)))
-    return squares
+    """Divides a vector by ``tasks``, in place; the sum of squares of each chunk, in float64."""
+    flat = vector.numpy()
+    return [vectors.mean_and_squares(flat[a:z], tasks) for a, z in pairwise([*starts, len(vector)])]
 
 
 def norm_of(squares: Iterable[float]) -> float:

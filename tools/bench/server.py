@@ -90,11 +90,12 @@ def measured(numel: int, rounds: int) -> list[dict[str, Any]]:
     size = 4 * numel / 1e6
     times: dict[str, list[float]] = {"sum": [], "read": [], "update": [], "triad": []}
     for turn in range(rounds + 1):
+        total = gradient.clone()  # a server's own, as the sum leaves it
         found = {
             "read": seconds(lambda: [float(v.sum()) for v in everything]),
             "sum": seconds(lambda: the_sum(vectors)),
             "triad": seconds(lambda: torch.add(a, b, out=c)),
-            "update": seconds(lambda: update.apply(gradient, 4.0)),
+            "update": seconds(lambda total=total: update.move(update.prepare(total, 4.0, own=True))),
         }
         for name, taken in found.items():
             if turn:

@@ -1,4 +1,4 @@
-"""Sums along a tree have the bits of adding two by two, whatever the tree, the length and the machine."""
+"""Passes over vectors have the same bits whatever the tree, the length and the machine."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metadist.outer import tree
+from metadist.outer import vectors as passes
 from metadist.outer.gradient import Block, TreeSum
-from metadist.outer.tree import ADD, tree_sum
+from metadist.outer.vectors import ADD, tree_sum
 
 TREES = st.recursive(st.just([0]), lambda t: st.tuples(t, t).map(lambda ab: [*ab[0], *ab[1], ADD]), max_leaves=40)
 
@@ -43,7 +43,7 @@ def test_any_tree_is_added_two_by_two(program: list[int], n: int, dtype: type) -
 def test_without_a_compiler_the_plain_form_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     values = vectors(3, 100, np.float32)
     wanted = tree_sum([0, 1, ADD, 2, ADD], values).tobytes()
-    monkeypatch.setattr(tree, "_SOURCE", Path("nowhere.cpp"))
+    monkeypatch.setattr(passes, "_SOURCE", Path("nowhere.cpp"))
     assert tree_sum([0, 1, ADD, 2, ADD], values).tobytes() == wanted
 
 
@@ -67,3 +67,21 @@ def test_how_much_may_wait_changes_no_bit(count: int, hold: int, random) -> None
         if hold == 0 and m:
             assert len(at_once._held) == bin(m + 1).count("1") or m + 1 == count, "whole nodes are added at once"
     assert held.total().tobytes() == at_once.total().tobytes()
+
+
+@given(st.integers(0, 70), st.sampled_from([np.float32, np.float64]), st.sampled_from([1.0, 3.0, 16.0, 0.1]))
+def test_means_and_squares_have_one_meaning_with_and_without_a_compiler(n: int, dtype: type, tasks: float) -> None:
+    (vector,) = vectors(1, n, dtype)
+    compiled, plain = vector.copy(), vector.copy()
+    squares = passes.mean_and_squares(compiled, tasks)
+    assert squares == passes._mean_plainly(plain, tasks)
+    assert compiled.tobytes() == plain.tobytes() == (vector / dtype(tasks)).tobytes()
+    assert squares == pytest.approx(float(np.sum(np.square(compiled.astype(np.float64)))), rel=1e-12)
+
+
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+def test_a_square_of_what_is_not_finite_is_not_finite(bad: float) -> None:
+    for passed in (passes.mean_and_squares, passes._mean_plainly):
+        vector = np.ones(40, np.float32)
+        vector[17] = bad
+        assert not np.isfinite(passed(vector, 2.0))
