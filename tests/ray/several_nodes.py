@@ -229,17 +229,54 @@ def lost_on_the_way() -> dict[str, Any]:
     return found
 
 
+WORKERS, SHARDS = (1, 2, 3, 5), (1, 2, 4)
+
+
+def grid(which: Sequence[int]) -> dict[str, Any]:
+    """Every number of workers with every number of shards, with sums on nodes and without, and ordered all-reduce.
+
+    In each but the latter a worker is killed, another joins, and all late leases are given out twice.
+
+    Args:
+        which: places in the grid.
+    """
+    places: list[dict[str, Any]] = [
+        {"workers": w, "server_shards": s, "node_sums": n} for w in WORKERS for s in SHARDS for n in (False, True)
+    ]
+    places += [{"workers": w, "topology": "allreduce"} for w in WORKERS]
+    told: dict[str, Any] = {"undisturbed": undisturbed(5), "places": []}
+    with cluster() as nodes:
+        for _ in range(2):
+            nodes.add_node(num_cpus=3)
+        for place in [places[i] for i in which] or places:
+            updates, fixed = Updates(nodes.address, **place), "topology" in place
+            updates.until_workers(place["workers"])
+            updates.step()
+            someone = updates.backend.workers()[0]
+            updates.step(meanwhile=(lambda: None) if fixed else functools.partial(kill_worker, updates, someone))
+            updates.until_workers(place["workers"])
+            updates.step()
+            updates.controller._patience = lambda lease: 0.0  # type: ignore[method-assign]
+            updates.step(times=2)
+            died, joined = (sum(word in event for event in updates.events) for word in ("died", "joined"))
+            seen = {"died": died, "joined": joined, "second_leases": updates.controller.releases}
+            told["places"].append({**place, **seen, "told": updates.told})
+            updates.backend.close()
+            print(json.dumps({**place, **seen}), file=sys.stderr, flush=True)
+    return told
+
+
 def histories(seeds: Sequence[int]) -> dict[str, Any]:
     """Numbers of workers and shards, sums on nodes, deaths, joins and second leases, all drawn at random."""
     told: dict[str, Any] = {"undisturbed": undisturbed(5), "histories": []}
     with cluster() as nodes:
         for _ in range(2):
-            nodes.add_node(num_cpus=2)
+            nodes.add_node(num_cpus=3)
         for seed in seeds:
             rng = np.random.default_rng(seed)
-            most = int(rng.integers(1, 5))
+            most = int(rng.choice(WORKERS))
             drawn: dict[str, Any] = {"workers": {"min": int(rng.integers(1, most + 1)), "max": most}}
-            drawn |= {"server_shards": int(rng.integers(1, 4)), "node_sums": bool(rng.integers(2))}
+            drawn |= {"server_shards": int(rng.choice(SHARDS)), "node_sums": bool(rng.integers(2))}
             fixed = rng.random() < 0.25
             if fixed:
                 drawn = {"workers": most, "topology": "allreduce"}
@@ -264,6 +301,6 @@ def histories(seeds: Sequence[int]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    known = {"come_and_go": come_and_go, "lost_on_the_way": lost_on_the_way, "histories": histories}
+    known = {"come_and_go": come_and_go, "lost_on_the_way": lost_on_the_way, "histories": histories, "grid": grid}
     name, *numbers = sys.argv[1:]
-    print(json.dumps(known[name](*([list(map(int, numbers))] if numbers else []))))
+    print(json.dumps(known[name](*([list(map(int, numbers))] if numbers or name == "grid" else []))))

@@ -12,15 +12,14 @@ from click.testing import CliRunner
 from metadist.cli import main
 from metadist.history import UPDATES
 from metadist.tracking.jsonl import read_lines
+from tests.faults import SERVERS, struck, wait_for_step
 from tests.ray.test_same_answer_anywhere import (
     CONFIG,
     LOCAL,
     STEPS,
-    a_worker_struck,
     invoke,
     run,
     started,
-    wait_for_step,
     words,
 )  # fmt: skip
 
@@ -43,7 +42,7 @@ def replay(run_dir: Path, *more: str) -> dict:
 @pytest.mark.usefixtures("cluster")
 def test_a_disturbed_asynchronous_run_keeps_its_bound_and_is_replayed_to_the_bit(omniglot_shards, tmp_path):
     run_dir = tmp_path / "run"
-    with a_worker_struck(run_dir, 3) as killed:
+    with struck(run_dir, 3) as killed:
         summary = run(omniglot_shards, run_dir, **ASYNC, **{"runtime.staleness_weighting": "inverse"})
     assert killed and summary["restarts"]["worker"] == 1, "the fault was not seen to fire"
     # On to twice the steps: what was done stands, what was open is done.
@@ -78,6 +77,20 @@ def test_a_disturbed_asynchronous_run_keeps_its_bound_and_is_replayed_to_the_bit
         (run_dir / UPDATES).write_text("\n".join([*text[:10], json.dumps(line), *text[11:]]) + "\n")
         altered = replay(run_dir)
         assert (altered["same"], altered["exit_code"]) == (False, 1), change
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_an_asynchronous_run_whose_server_was_lost_is_replayed_to_the_bit(omniglot_shards, tmp_path):
+    run_dir = tmp_path / "run"
+    with struck(run_dir, 8, SERVERS) as lost:
+        summary = run(omniglot_shards, run_dir, **ASYNC)
+    assert lost and summary["restarts"]["server"] == 1, "the fault was not seen to fire"
+    lines = read_lines(run_dir / UPDATES)
+    assert [line["version"] for line in lines] == list(range(1, STEPS + 1))
+    assert sorted(used_of(run_dir)) == list(range(STEPS * PER_UPDATE)), "every microbatch counts once"
+    assert max(v["version"] - 1 - base for v in lines for _, _, base, _ in v["applied"]) <= BOUND
+    assert replay(run_dir)["meta_params_sha256"] == summary["meta_params_sha256"]
 
 
 @pytest.mark.slow
