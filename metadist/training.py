@@ -184,6 +184,11 @@ class _Training:
             how = ", inner steps recomputed" if engine.recompute else ""
             how += f", {engine.tasks_together} tasks at once" if engine.tasks_together else ""
             yield f"memory: {in_words(decided.memory)} predicted of {in_words(engine.memory)}{how}"
+        runtime = self.config.runtime
+        if runtime.type == "ray" and runtime.topology == "allreduce_unordered":
+            yield "gradients are added in any order: this run is not reproducible (runtime.topology=allreduce is)"
+        if runtime.type == "ray" and runtime.wire != "float32":
+            yield f"gradients travel as {runtime.wire}: this run is not reproducible (runtime.wire=float32 is)"
 
     # ----------------------------------------------------------------- from start to end
 
@@ -225,10 +230,6 @@ class _Training:
                 self.trackers.message(f"passed over a damaged checkpoint: {fault}")
             for line in self._notable():
                 self.trackers.message(line)
-            if self.config.runtime.type == "ray" and self.config.runtime.topology == "allreduce_unordered":
-                self.trackers.message(
-                    "gradients are added in any order: this run is not reproducible (runtime.topology=allreduce is)"
-                )
             self.controller = self._controller(snapshot["version"])
             if not resumed:
                 self._checkpoint(snapshot, last=True)  # a place that cannot be written is found now

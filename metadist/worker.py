@@ -17,6 +17,7 @@ from metadist.episode import EpisodeBatch
 from metadist.experiment import DTYPES, EpisodeSize, Experiment
 from metadist.inner.memory import resident_growth
 from metadist.outer.gradient import Block, Layout, partial_sums
+from metadist.outer.wire import ErrorFeedback
 from metadist.seeding import Rng
 
 
@@ -150,6 +151,8 @@ class MetaWorker:
         self._prefetch = Prefetcher(self._episodes)
         self._held: tuple[int, dict[str, torch.Tensor]] | None = None
         self._memory = resident_growth()
+        runtime = experiment.config.runtime
+        self._feedback = ErrorFeedback() if runtime.type == "ray" and runtime.wire == "bfloat16" else None
 
     def compute(self, lease: Lease, weights: Sequence[np.ndarray]) -> tuple[Report, dict[Block, np.ndarray]]:
         """Computes a lease.
@@ -159,7 +162,8 @@ class MetaWorker:
             weights: the flat meta-parameters of ``lease.round.version`` in consecutive parts; read only.
 
         Returns:
-            The report, and partial sums of the microbatches' gradients (none for an evaluation).
+            The report, and partial sums of the microbatches' gradients (none for an evaluation), in half their bytes
+            with ``runtime.wire: bfloat16``.
         """
         params = self._params(lease.round.version, weights)
         results, waited, started = [], 0.0, time.perf_counter()
@@ -183,7 +187,8 @@ class MetaWorker:
         if lease.round.kind == "evaluate":
             return report, {}
         flat = (self.layout.flatten(r.gradient).numpy() for r in results)
-        return report, partial_sums(lease.start, flat, lease.round.microbatches)
+        blocks = partial_sums(lease.start, flat, lease.round.microbatches)
+        return report, blocks if self._feedback is None else self._feedback.rounded(blocks)
 
     def close(self) -> None:
         """Stops the prefetching thread and closes the data."""

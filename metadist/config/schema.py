@@ -304,6 +304,11 @@ class RuntimeConfig(Section):
         description="gradients are summed on each node before they go to the server, for nodes with many workers and "
         "little network; changes no bit",
     )
+    wire: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="numbers in which gradients travel to the server: bfloat16 halves the bytes, each worker sending "
+        "with its next gradient what rounding took from the last; the run is not reproducible then",
+    )
     max_staleness: Natural = Field(
         0,
         description="versions by which a gradient may lag when it is applied; 0: every update waits for its whole "
@@ -344,8 +349,10 @@ class RuntimeConfig(Section):
                 "microbatches_per_update needs max_staleness above 0; for smaller updates that wait for all of it "
                 "lower outer.meta_batch_size"
             )
+        if self.wire != "float32" and (self.max_staleness or self.quorum < 1):
+            raise ValueError("wire: bfloat16 is for updates that wait for their meta-batch; write wire: float32")
         if self.topology != "server":
-            for name, off in {"max_staleness": 0, "node_sums": False, "server_shards": 1}.items():
+            for name, off in {"max_staleness": 0, "node_sums": False, "server_shards": 1, "wire": "float32"}.items():
                 if getattr(self, name) != off:
                     raise ValueError(f"{name} is for topology: server; write {name}: {str(off).lower()}")
             if isinstance(self.workers, WorkersRange):

@@ -23,6 +23,7 @@ from metadist.errors import ServerLostError, first_line
 from metadist.outer.gradient import Block, TreeSum, placed
 from metadist.outer.partition import cut, joined_snapshot, part_of_options, part_of_snapshot
 from metadist.outer.update import norm_of
+from metadist.outer.wire import widened
 from metadist.server import ParameterServer
 from metadist.worker import Lease
 
@@ -42,7 +43,8 @@ class _Shard:
         self._server.retract(slot)
 
     def add(self, version: int, count: int, blocks: dict[Block, np.ndarray], slot: int | None, weight: float) -> int:
-        return self._server.add(version, count, placed(blocks, slot, weight))
+        whole = {block: widened(value) for block, value in blocks.items()}
+        return self._server.add(version, count, placed(whole, slot, weight))
 
     def squares(self, version: int, tasks: float, slots: Sequence[int] | None) -> list[float]:
         return self._server.squares(version, tasks, slots)
@@ -70,7 +72,7 @@ class _NodeSum:
             self._version, self._sums = version, [TreeSum(count) for _ in parts]
         for tree, blocks in zip(self._sums, parts, strict=True):
             for block, value in blocks.items():
-                tree.add(block, value)
+                tree.add(block, widened(value))
 
     def give(self, version: int) -> Any:
         """What has come so far, summed as far as it goes: for each shard of the server. It is let go."""
