@@ -5,9 +5,10 @@ of them. Leases, object store, sum, update and commit are the real ones.
 
 ``scaling``: steps of one microbatch a worker. Efficiency is the wait over the step; beside it stands what a simulation
 of the messages predicts, whose two constants are measured in the same run with steps that wait for nothing.
-``straggler``: eight workers, one of them five times slower. Plain synchronous steps (equal shares, nothing leased
-twice) against those of the controller, which deals by measured speed and leases again what is late, in turns; the
-weights after as many steps are checked to be the same.
+``straggler``: eight workers, one of them five times slower, with one microbatch for each; and one ten times slower,
+with four for each. Plain synchronous steps (equal shares, nothing leased twice), those of the controller, which deals by
+measured speed and leases again what is late, and steps of eight equal workers, in turns. The weights after as many
+steps are checked to be the same in all three.
 """
 
 from __future__ import annotations
@@ -38,9 +39,13 @@ from tools.bench.distribution_parts.emulated import EmulatedRun, OneSlowWorker  
 from tools.bench.distribution_parts.simulator import Costs, simulated_step  # noqa: E402
 
 SCALING = ("workers", "microbatch_ms", "ms_per_step", "efficiency", "predicted_ms", "measured_over_predicted")
-STRAGGLER = ("workers", "slow_by", "microbatch_ms", "plain_ms", "ms_per_step", "ratio_to_plain", "releases")
+STRAGGLER = (
+    "workers", "slow_by", "microbatches", "microbatch_ms", "plain_ms", "equal_ms", "ms_per_step", "ratio_to_plain",
+    "ratio_to_equal", "releases",
+)  # fmt: skip
 CALIBRATION = (2, 8)
-WARM_UP, SLOW_BY, EIGHT = 4, 5.0, 8
+WARM_UP, EIGHT = 4, 8
+SLOW = ((5.0, 1), (10.0, 4))
 
 
 class PlainPace(Pace):
@@ -88,19 +93,28 @@ def scaling(counts: Sequence[int], seconds: float, steps: int) -> list[dict[str,
     return rows
 
 
-def straggler(seconds: float, steps: int, rounds: int = 3) -> dict[str, Any]:
+def straggler(seconds: float, steps: int, slow_by: float, each: int, rounds: int = 3) -> dict[str, Any]:
     """The row of one slow worker among eight.
+
+    Args:
+        seconds: that a worker's share of a step takes.
+        steps: timed in a turn.
+        slow_by: how many times slower the one is.
+        each: microbatches of a step, for each worker.
+        rounds: turns.
 
     Raises:
         AssertionError: the weights differ.
     """
     runs: dict[str, EmulatedRun] = {}
-    times: dict[str, list[float]] = {"plain": [], "ours": []}
+    times: dict[str, list[float]] = {"plain": [], "equal": [], "ours": []}
     with tempfile.TemporaryDirectory() as folder:
         try:
             for name in times:
-                make = functools.partial(OneSlowWorker, Path(folder) / name, SLOW_BY)
-                runs[name] = EmulatedRun("conv4", EIGHT, seconds=seconds, make_worker=make)
+                make = functools.partial(OneSlowWorker, Path(folder) / name, 1.0 if name == "equal" else slow_by)
+                runs[name] = EmulatedRun(
+                    "conv4", EIGHT, microbatches=each * EIGHT, seconds=seconds / each, make_worker=make
+                )
             runs["plain"].controller.pace = PlainPace(600.0)
             for name, run in runs.items():
                 step_times(run, WARM_UP)
@@ -108,17 +122,19 @@ def straggler(seconds: float, steps: int, rounds: int = 3) -> dict[str, Any]:
             for _ in range(rounds):
                 for name, run in runs.items():
                     times[name] += step_times(run, steps)
-            same = runs["plain"].weights().tobytes() == runs["ours"].weights().tobytes()
-            assert same, "the weights with duplicate leases are not those without"
+            assert len({run.weights().tobytes() for run in runs.values()}) == 1, (
+                "the weights with duplicate leases are not those without"
+            )
             releases = runs["ours"].controller.releases
         finally:
             for run in runs.values():
                 run.close()
     # Means: what is saved in most steps must not be paid for in a few.
-    plain, ours = statistics.mean(times["plain"]), statistics.mean(times["ours"])
+    plain, ours, equal = (statistics.mean(times[name]) for name in ("plain", "ours", "equal"))
     return {
-        "workers": EIGHT, "slow_by": SLOW_BY, "microbatch_ms": 1e3 * seconds, "plain_ms": 1e3 * plain,
-        "ms_per_step": 1e3 * ours, "ratio_to_plain": ours / plain, "releases": releases, "steps": steps * rounds,
+        "workers": EIGHT, "slow_by": slow_by, "microbatches": each * EIGHT, "microbatch_ms": 1e3 * seconds / each,
+        "plain_ms": 1e3 * plain, "equal_ms": 1e3 * equal, "ms_per_step": 1e3 * ours, "ratio_to_plain": ours / plain,
+        "ratio_to_equal": ours / statistics.median(times["equal"]), "releases": releases, "steps": steps * rounds,
     }  # fmt: skip
 
 
@@ -147,14 +163,15 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
 def main(words: list[str] | None = None) -> None:
     options = arguments(words)
     rows: list[dict[str, Any]] = []
-    connect(RuntimeConfig(workers=max([*options.workers, *CALIBRATION, 2 * EIGHT])))
+    connect(RuntimeConfig(workers=max([*options.workers, *CALIBRATION, 3 * EIGHT])))
     try:
         if options.only != "straggler":
             rows = scaling(options.workers, options.seconds, options.steps)
             show_table(SCALING, [cells(row, SCALING) for row in rows], "scaling", words=0)
         if options.only != "scaling":
-            rows.append(straggler(options.seconds, options.steps))
-            show_table(STRAGGLER, [cells(rows[-1], STRAGGLER)], "straggler", words=0)
+            slow = [straggler(options.seconds, options.steps, slow_by, each) for slow_by, each in SLOW]
+            show_table(STRAGGLER, [cells(row, STRAGGLER) for row in slow], "straggler", words=0)
+            rows += slow
     finally:
         ray.shutdown()
     if options.json:
