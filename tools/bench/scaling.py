@@ -6,8 +6,8 @@ of them. Leases, object store, sum, update and commit are the real ones.
 ``scaling``: steps of one microbatch a worker. Efficiency is the wait over the step; beside it stands what a simulation
 of the messages predicts, whose two constants are measured in the same run with steps that wait for nothing.
 ``straggler``: eight workers, one of them five times slower, with one microbatch for each; and one ten times slower,
-with four for each. Plain synchronous steps (equal shares, nothing leased twice), those of the controller, which deals by
-measured speed and leases again what is late, and steps of eight equal workers, in turns. The weights after as many
+with four for each. Plain synchronous steps (equal shares, nothing leased twice), those of the controller, which deals
+by measured speed and leases again what is late, and steps of eight equal workers, in turns. The weights after as many
 steps are checked to be the same in all three.
 """
 
