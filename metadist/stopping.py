@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 
 class Interrupted(KeyboardInterrupt):
@@ -34,11 +35,16 @@ class StopSignals(contextlib.AbstractContextManager["StopSignals"]):
     _patient = False
 
     def __enter__(self) -> StopSignals:
-        self._old = {}
+        self._old: dict[int, Any] = {}
+        self.listen()
+        return self
+
+    def listen(self) -> None:
+        """Takes the signals, also where somebody has taken them since: starting Ray does."""
         with contextlib.suppress(ValueError):  # not the main thread: leave signals to whoever owns them
             for s in (signal.SIGINT, signal.SIGTERM):
-                self._old[s] = signal.signal(s, self._on_signal)
-        return self
+                before = signal.signal(s, self._on_signal)
+                self._old.setdefault(s, before)
 
     def __exit__(self, *_: object) -> None:
         for s, handler in self._old.items():

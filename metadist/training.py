@@ -201,6 +201,7 @@ class _Training:
         self._open_evaluation_sources()
         snapshot = self._first_snapshot(checkpoint, content_id)
         self.backend = open_backend(self.experiment)
+        self.stop.listen()
         self.run.claim()
         try:
             self._run(snapshot, content_id, faults, started, resumed=checkpoint is not None)

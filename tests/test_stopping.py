@@ -44,6 +44,16 @@ def test_handlers_come_back() -> None:
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
+def test_signals_that_somebody_else_has_taken_meanwhile_are_taken_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignals() as stop:
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        stop.listen()
+        with pytest.raises(Interrupted):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 def test_other_threads_leave_signals_alone() -> None:
     came: list[BaseException] = []
 
