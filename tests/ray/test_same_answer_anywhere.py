@@ -84,6 +84,7 @@ def test_ray_gives_the_bits_of_one_process(omniglot_shards, undisturbed, tmp_pat
     assert numbers(tmp_path / "run") == undisturbed[1]
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_leaves_at_once_and_the_run_resumes_to_the_same_bits(omniglot_shards, undisturbed, tmp_path):
     run_dir = tmp_path / "run"
     process = started(omniglot_shards, run_dir, **LOCAL, **{"checkpoint.every": 2})
@@ -100,6 +101,7 @@ def test_a_second_ctrl_c_leaves_at_once_and_the_run_resumes_to_the_same_bits(omn
     assert numbers(run_dir) == undisturbed[1]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_a_notice_that_the_drivers_node_will_go_leaves_a_run_that_resumes(
     omniglot_shards, undisturbed, tmp_path, monkeypatch

@@ -102,7 +102,7 @@ def trained(name: str, updates: int | None, runs: Path, own: list[str]) -> tuple
     found = json.loads(summary.read_text())
     if found["version"] != config.outer.steps:
         raise SystemExit(f"sinusoid: {run_dir} was trained for {found['version']} updates, not {config.outer.steps}")
-    return md.load(run_dir), found
+    return md.load(run_dir, allow_code=True), found
 
 
 # ------------------------------------------------------------------ measuring
