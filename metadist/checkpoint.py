@@ -18,12 +18,11 @@ from torch import Tensor
 
 from metadist.errors import CheckpointError
 from metadist.outer.gradient import Layout, sha256_of
-from metadist.storage import Store
+from metadist.storage import MARK, Store
 
 SCHEMA = "metadist.checkpoint/1"
 _TENSOR_FILES = ("meta_params.safetensors", "outer_state.safetensors")
 _VECTOR = "meta_params_vector"
-_STATE = "state.json"
 _KEPT = (torch.float32, torch.float64, torch.int64)
 _MOST_STATE = 1 << 28
 _BLANK = "0" * 64
@@ -119,7 +118,7 @@ def save_checkpoint(
         "progress": dict(progress),
         "config": dict(config),
     }
-    contents[_STATE] = _sealed(json.dumps(state, indent=1))
+    contents[MARK] = _sealed(json.dumps(state, indent=1))
     try:
         store.write(version, contents)
         store.note(LATEST, f"{version:08d}")
@@ -164,14 +163,19 @@ def load_checkpoint(store: Store, version: int) -> Checkpoint:
     if sorted(named) != sorted(state.layout) or not named:
         raise CheckpointError(store.place(version), "its tensors are not the ones its state.json lists")
     meta_params = {name: named[name] for name in state.layout}
+    try:
+        layout = Layout.of(meta_params)
+    except ValueError as e:
+        raise CheckpointError(store.place(version, _TENSOR_FILES[0]), str(e)) from e
     vector = outer.pop(_VECTOR, None)
     if vector is None:
-        vector = Layout.of(meta_params).flatten(meta_params)
-    numel = sum(v.numel() for v in meta_params.values())
+        vector = layout.flatten(meta_params)
     for name, tensor in {_VECTOR: vector, **outer}.items():
-        if tensor.shape not in ((numel,), ()) or tensor.dtype not in _KEPT:
+        if tensor.shape not in ((layout.numel,), ()) or tensor.dtype not in _KEPT:
             held = f"{tensor.dtype} {list(tensor.shape)}"
-            raise CheckpointError(store.place(version, _TENSOR_FILES[1]), f"its {name} is {held}, wanted [{numel}]")
+            raise CheckpointError(
+                store.place(version, _TENSOR_FILES[1]), f"its {name} is {held}, wanted [{layout.numel}]"
+            )
     snapshot = {
         "version": version,
         "weights": vector.numpy(),
@@ -246,11 +250,11 @@ def check_fits(checkpoint: Checkpoint, layout: Layout, content_id: str | None, w
 
 
 def _read_state(store: Store, version: int) -> _State:
-    where = store.place(version, _STATE)
+    where = store.place(version, MARK)
     try:
-        if store.size(version, _STATE) > _MOST_STATE:
+        if store.size(version, MARK) > _MOST_STATE:
             raise CheckpointError(where, f"holds more than {_MOST_STATE >> 20} MB, which no run writes")
-        data = store.read(version, _STATE)
+        data = store.read(version, MARK)
         state = json.loads(data.decode())
     except OSError as e:
         raise CheckpointError(where, f"cannot be read ({e})") from e

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save as save_tensors
 
 from metadist import checkpoint as checkpoints
 from metadist.checkpoint import Checkpoint, check_fits, load_checkpoint, newest_whole_checkpoint, save_checkpoint
@@ -179,6 +181,18 @@ def test_files_of_two_checkpoints_do_not_mix(tmp_path: Path) -> None:
     shutil.copy(first / FILES[0], second / FILES[0])
     with pytest.raises(CheckpointError, match="its checksum differs"):
         load(second)
+
+
+def test_meta_parameters_that_nobody_could_have_learned_are_refused_by_name(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    whole = save_tensors({"w": torch.zeros(2, 2, dtype=torch.int64), "b": torch.zeros(2)})
+    (path / FILES[0]).write_bytes(whole)
+    state = json.loads((path / FILES[2]).read_text())
+    state["files"][FILES[0]] = {"bytes": len(whole), "sha256": hashlib.sha256(whole).hexdigest()}
+    state["sha256"] = checkpoints._BLANK
+    (path / FILES[2]).write_bytes(checkpoints._sealed(json.dumps(state)))
+    with pytest.raises(CheckpointError, match=r"meta_params\.safetensors: meta-parameter 'w' is torch.int64"):
+        load(path)
 
 
 def test_a_newer_schema_is_refused_with_both_names(tmp_path: Path) -> None:
