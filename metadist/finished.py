@@ -39,7 +39,7 @@ def evaluate(
     config = experiment.config.evaluation
     count = episodes or config.episodes
     size = experiment.evaluation_size
-    together = tasks_together(sum(v.numel() for v in checkpoint.meta_params.values()))
+    together = tasks_together(Layout.of(checkpoint.meta_params).numel)
     round = evaluation_round(checkpoint.version, config.split, count, together, size)
     source = experiment.source(config.split, size)
     pieces: dict[str, list[np.ndarray]] = {}

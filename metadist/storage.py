@@ -10,6 +10,9 @@ from typing import Any, Protocol
 from metadist.errors import ConfigError, first_line
 from metadist.files import whole_directory, write_atomically
 
+MARK = "state.json"
+"""The last file of a version."""
+
 _LONGEST = 200
 _OBJECTS = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "oci"}
 
@@ -78,8 +81,7 @@ class FolderStore:
         return self._at(version, name).read_bytes()
 
     def write(self, version: int, files: Mapping[str, bytes]) -> None:
-        target = self._at(version)
-        with whole_directory(target, replace=True) as partial:
+        with whole_directory(self._at(version), replace=True) as partial:
             for name, data in files.items():
                 (partial / name).write_bytes(data)
 
@@ -111,8 +113,6 @@ class UrlStore:
     version.
     """
 
-    _mark = "state.json"
-
     def __init__(self, url: str) -> None:
         import fsspec
 
@@ -133,7 +133,7 @@ class UrlStore:
             if not self._fs.exists(self._root):
                 return []
             names = [str(p).rstrip("/").rsplit("/", 1)[-1] for p in self._fs.ls(self._root, detail=False)]
-            return sorted(int(n) for n in names if n.isdecimal() and self._fs.exists(self._at(int(n), self._mark)))
+            return sorted(int(n) for n in names if n.isdecimal() and self._fs.exists(self._at(int(n), MARK)))
 
         return self._safely(found)
 
@@ -144,12 +144,11 @@ class UrlStore:
         return self._safely(lambda: bytes(self._fs.cat_file(self._at(version, name))))
 
     def write(self, version: int, files: Mapping[str, bytes]) -> None:
-        assert list(files)[-1] == self._mark, "the mark comes last"
+        assert list(files)[-1] == MARK, "the mark comes last"
 
         def put() -> None:
             self._make(self._at(version))
-            if self._fs.exists(self._at(version, self._mark)):
-                self._fs.rm_file(self._at(version, self._mark))
+            self._unmark(version)
             for name, data in files.items():
                 self._fs.pipe_file(self._at(version, name), data)
 
@@ -157,8 +156,7 @@ class UrlStore:
 
     def remove(self, version: int) -> None:
         def go() -> None:
-            if self._fs.exists(self._at(version, self._mark)):
-                self._fs.rm_file(self._at(version, self._mark))
+            self._unmark(version)
             if self._fs.exists(self._at(version)):
                 self._fs.rm(self._at(version), recursive=True)
 
@@ -182,6 +180,10 @@ class UrlStore:
 
     def _at(self, version: int, name: str = "") -> str:
         return f"{self._root}/{version:08d}" + (f"/{name}" if name else "")
+
+    def _unmark(self, version: int) -> None:
+        if self._fs.exists(self._at(version, MARK)):
+            self._fs.rm_file(self._at(version, MARK))
 
     def _make(self, folder: str) -> None:
         """A folder, where there are folders. Object storage has none, and would make a bucket instead."""

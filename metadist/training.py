@@ -259,12 +259,8 @@ class _Training:
         self.writer.settle()
         checkpoint, faults = newest_whole_checkpoint(self.store)
         self.backend.restore(checkpoint.snapshot, error)
-        totals = self._totals()
-        self.progress = replace(
-            _progress_of(checkpoint),
-            wall_s=self.progress.wall_s, restarts=self.progress.restarts, releases=self.progress.releases,
-            wandb_run=totals.wandb_run,
-        )  # fmt: skip
+        kept = {name: getattr(self.progress, name) for name in ("wall_s", "restarts", "releases", "wandb_run")}
+        self.progress = replace(_progress_of(checkpoint), **kept)
         self.trackers.rewind(checkpoint.version)
         for fault in faults:
             self.trackers.message(f"passed over a damaged checkpoint: {fault}")
@@ -374,13 +370,13 @@ class _Training:
         last, stopping = version == self.config.outer.steps, self.stop.signum is not None
         evaluates = self._evaluates(version) and not stopping
         keeps = stopping or last or version % self.config.checkpoint.every == 0
-        snapshot = self.backend.snapshot() if keeps or evaluates else None
+        snapshot = self.backend.snapshot() if keeps else None
         if not (last or stopping or evaluates):
             self.controller.begin(self._round(version))
         self._record(version, result, stats, server_s)
-        best = self._validate(version) if evaluates else False
-        if snapshot is not None and (keeps or best):
-            self._checkpoint(snapshot, best, last=last or stopping)
+        best = evaluates and self._validate(version)
+        if keeps or best:
+            self._checkpoint(snapshot or self.backend.snapshot(), best, last=last or stopping)
         return version
 
     def _evaluates(self, version: int) -> bool:

@@ -69,8 +69,12 @@ def actors_of(driver: int, kinds: tuple[str, ...]) -> list[int]:
 
 def alive(pid: int) -> bool:
     """Whether a process is there, and not merely waiting to be buried."""
+    return state_of(pid) not in ("", "Z")
+
+
+def state_of(pid: int) -> str:
+    """What the system says of a process, e.g. ``T`` if it is stopped; empty if it is gone."""
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
     except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state != "Z"
+        return ""

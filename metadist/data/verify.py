@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,19 +117,27 @@ def bad_blocks(path: str | Path, progress: Progress | None = None) -> dict[str, 
     Raises:
         DataError: manifest or index cannot be read.
     """
-    shards, found = ShardSet(path, left_out=None), {}
+    shards = ShardSet(path, left_out=None)
+    found = {shards.index.key(b): why for b, why in _unreadable(shards, progress)}
+    shards.close()
+    return found
+
+
+def _unreadable(shards: ShardSet, progress: Progress | None = None) -> Iterator[tuple[int, str]]:
+    """The blocks that cannot be read as what the manifest says, and what is wrong with each."""
     for b in range(len(shards.index)):
         try:
             if shards.manifest.field.encoding == "utf-8":
-                shards.parts(b)
+                for part in shards.parts(b):
+                    part.decode()
             else:
                 shards.read(b)
         except DataError as e:
-            found[shards.index.key(b)] = str(e)
+            yield b, str(e)
+        except UnicodeDecodeError as e:
+            yield b, f"{shards.where(b)}: is not UTF-8 ({e})"
         if progress:
             progress(b + 1, len(shards.index))
-    shards.close()
-    return found
 
 
 def class_of(key: str) -> int:
@@ -173,16 +181,6 @@ def _check_content(path: Path, manifest: Manifest, digests: dict[tuple[int, int]
     if found != manifest.content_id:
         problems.append(f"{path}: content_id is {found}, but the manifest says {manifest.content_id}")
     shards = ShardSet(path)
-    for b in range(len(shards.index)):
-        try:
-            if manifest.field.encoding == "utf-8":
-                for part in shards.parts(b):
-                    part.decode()
-            else:
-                shards.read(b)
-        except DataError as e:
-            problems.append(str(e))
-        except UnicodeDecodeError as e:
-            problems.append(f"{shards.where(b)}: is not UTF-8 ({e})")
+    problems += [why for _, why in _unreadable(shards)]
     shards.close()
     return problems

@@ -35,10 +35,11 @@ class AsynchronousController(Controller):
 
     def begin(self, round: Round) -> None:
         """Goes on with the update of ``round.version``, or begins an evaluation."""
-        self.begun, self._gathering = round, round.kind == "train"
+        self._gathering = round.kind == "train"
         if not self._gathering:
             super().begin(round)
             return
+        self.begun = round
         # A ledger of nothing: what is waited for is the flow's business.
         self._ledger = Ledger(replace(round, tasks=0), self._next_lease)
         self._update, self._started = round, self.clock()

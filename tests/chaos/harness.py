@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.conftest import ROOT
-from tests.faults import SERVERS, WORKERS, actors_of, alive, steps_of
+from tests.faults import SERVERS, WORKERS, actors_of, alive, state_of, steps_of
+from tests.ray.several_nodes import cluster
 
 STEPS, EVERY = 150, 10
 CONFIG = ROOT / "configs" / "omniglot_5way1shot_maml.yaml"
@@ -208,7 +209,7 @@ class Disturbed:
         os.kill(pid, signal.SIGSTOP)
         before = steps_of(self.run_dir)
         time.sleep(rng.uniform(1.0, 3.0))
-        assert _state(pid) == "T", "the worker was not stopped"
+        assert state_of(pid) == "T", "the worker was not stopped"
         went_on = steps_of(self.run_dir) > before
         os.kill(pid, signal.SIGCONT)
         assert went_on, "the others did not take over"
@@ -217,7 +218,7 @@ class Disturbed:
     def _stop_worker(self, rng: random.Random) -> tuple[float, int]:
         pid, since = self._actor(WORKERS, rng), time.monotonic()
         os.kill(pid, signal.SIGSTOP)
-        assert _state(pid) == "T", "the worker was not stopped"
+        _until(lambda: state_of(pid) == "T", "a signal stops the worker")
         took, _ = self._heard(since, r"worker \d+ died \(silent")
         _until(lambda: not alive(pid), "a stopped worker is ended")
         return took, 0
@@ -287,10 +288,6 @@ class Disturbed:
         return steps_of(self.run_dir)
 
 
-def _state(pid: int) -> str:
-    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-
-
 def _until(wanted: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
     until = time.monotonic() + seconds
     while not wanted():
@@ -334,22 +331,14 @@ def history(seed: int, shards: Path, folder: Path, faults: int, nodes: int = 1) 
 @contextlib.contextmanager
 def _two_nodes() -> Iterator[tuple[str, Callable[[], None]]]:
     """A head with room for the driver's server and two workers, and a node for a third, which can be killed."""
-    from ray.cluster_utils import Cluster
-
-    soon = {"health_check_period_ms": 1000, "health_check_timeout_ms": 2000, "health_check_failure_threshold": 3,
-            "health_check_initial_delay_ms": 1000}  # fmt: skip
-    head = {"num_cpus": 2, "include_dashboard": False, "_system_config": soon}
-    cluster = Cluster(initialize_head=True, connect=False, head_node_args=head)
-    try:
-        other = [cluster.add_node(num_cpus=2)]
+    with cluster(head_cpus=2) as made:
+        other = [made.add_node(num_cpus=2)]
 
         def kill() -> None:
-            cluster.remove_node(other.pop(), allow_graceful=False)
-            cluster.add_node(num_cpus=2)
+            made.remove_node(other.pop(), allow_graceful=False)
+            made.add_node(num_cpus=2)
 
-        yield cluster.address, kill
-    finally:
-        cluster.shutdown()
+        yield made.address, kill
 
 
 @dataclass

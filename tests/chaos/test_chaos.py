@@ -5,29 +5,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 import pytest
 
-from tests.chaos.harness import CONFIG, KINDS, NODE, OPTIONS, STEPS, History, history, numbers, schedule, table
+from tests.chaos.harness import KINDS, NODE, STEPS, History, history, schedule, table
 
 A_HISTORY = 5
-
-
-@pytest.fixture(scope="module")
-def undisturbed(omniglot_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[str]]:
-    from click.testing import CliRunner
-
-    from metadist.cli import main
-
-    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
-    options = {**OPTIONS, "tasks.path": omniglot_shards, "runtime.type": "local", "tracking.console": "false"}
-    words = [f"{k}={v}" for k, v in options.items()]
-    result = CliRunner().invoke(main, ["train", str(CONFIG), *words, "--run-dir", str(run_dir)], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return json.loads((run_dir / "summary.json").read_text())["meta_params_sha256"], numbers(run_dir)
 
 
 @pytest.mark.chaos

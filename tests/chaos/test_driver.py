@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import signal
 import time
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import pytest
 
 from tests.chaos.harness import STEPS, Disturbed
 from tests.chaos.harness import numbers as numbers_of
-from tests.chaos.test_chaos import undisturbed as undisturbed
 from tests.faults import steps_of
 
 KILLS, RUNS = 5, 4
@@ -32,16 +30,9 @@ def test_a_driver_killed_at_any_moment_goes_on_as_the_same_run(
         for kill in range(KILLS):
             run.wait_for_step(rng.randrange(steps_of(run_dir) + 1, STEPS * (kill + 1) // KILLS - 10))
             time.sleep(rng.uniform(0, 0.3))
-            cut = (seed, kill) == (1, 2)
-            if cut:
-                run._driver_gone(signal.SIGKILL)
-                run._resume(cut_write=1)
-                assert run.process.wait(timeout=120) == -signal.SIGKILL, run.said()
-                assert list((run_dir / "checkpoints").glob(".*.partial")), "the kill was not inside the write"
-            else:
-                run._driver_gone(signal.SIGKILL)
             killed.append(steps_of(run_dir))
-            run._resume()
+            inside_a_checkpoint = (seed, kill) == (1, 2)
+            (run._cut_checkpoint if inside_a_checkpoint else run._kill_driver)(rng)
         summary = run.finish()
     finally:
         run.end()

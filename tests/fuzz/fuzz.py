@@ -37,6 +37,7 @@ def fuzz(target: str, first: int, cases: int) -> dict[str, Any]:
         and altered bytes that were accepted, with their seeds, and ``grown_mb`` is by how much memory peaked above
         what was there at the start.
     """
+    signal.signal(signal.SIGALRM, _too_long)
     counts: Counter[str] = Counter()
     faults: list[str] = []
     began = time.monotonic()
@@ -99,7 +100,6 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--atheris", action="store_true")
     options = parser.parse_args()
-    signal.signal(signal.SIGALRM, _too_long)
     failed = False
     for target in options.target or sorted(TARGETS):
         if options.atheris:

@@ -21,7 +21,7 @@ import torch
 from metadist.checkpoint import _BLANK, _sealed, load_checkpoint, save_checkpoint
 from metadist.config import load_config, to_yaml
 from metadist.data import ShardSet, pack_arrays, verify
-from metadist.errors import CheckpointError, ConfigError, DataError, MetadistError
+from metadist.errors import CheckpointError, ConfigError, DataError
 from metadist.outer import Layout
 from metadist.rundir import RunDirectory
 from metadist.storage import FolderStore
@@ -203,4 +203,3 @@ TARGETS: dict[str, Callable[[Path], Callable[[random.Random], Outcome]]] = {
     "checkpoints": CheckpointTarget,
     "configs": ConfigTarget,
 }
-assert issubclass(DataError, MetadistError)

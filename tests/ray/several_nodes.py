@@ -125,13 +125,13 @@ class Updates:
 
 
 @contextlib.contextmanager
-def cluster() -> Iterator[Any]:
-    """A head without room for workers; nodes are added to it."""
+def cluster(head_cpus: int = 0) -> Iterator[Any]:
+    """A head, by default without room for workers; nodes are added to it."""
     from ray.cluster_utils import Cluster
 
     soon = {"health_check_period_ms": 1000, "health_check_timeout_ms": 2000, "health_check_failure_threshold": 3,
             "health_check_initial_delay_ms": 1000}  # fmt: skip
-    head = {"num_cpus": 0, "include_dashboard": False, "_system_config": soon}
+    head = {"num_cpus": head_cpus, "include_dashboard": False, "_system_config": soon}
     made = Cluster(initialize_head=True, connect=False, head_node_args=head)
     try:
         yield made

@@ -26,7 +26,6 @@ sys.path.insert(0, str(ROOT))
 
 from tools.bench._tables import keep_rows, show_table  # noqa: E402
 
-COLUMNS = ("what", "processes", "peak_gb", "copies", "accounted_for", "by")
 KINDS = {"ray::_Worker": "worker", "ray::_Shard": "server shards"}
 ACCOUNTS: dict[str, tuple[float, str]] = {
     "driver": (3, "initial parameters by name and flat, a snapshot on its way to shards or disk"),
@@ -102,8 +101,8 @@ def _tree(root: int) -> Iterator[tuple[str, int, int]]:
         yield kind, sizes.get("RssAnon", 0), sizes.get("RssShmem", 0)
 
 
-def run(parameters: int, workers: int, shards: int, steps: int, folder: Path) -> tuple[Memory, dict[str, Any], str]:
-    """Trains, watched; the memory, the summary, and what the run said."""
+def run(parameters: int, workers: int, shards: int, steps: int, folder: Path) -> tuple[Memory, dict[str, Any]]:
+    """Trains, watched; the memory and the summary."""
     width = round(math.sqrt(parameters))
     words = {
         "model": f"{{type: mlp, hidden: [{width}, {width}]}}",
@@ -119,11 +118,10 @@ def run(parameters: int, workers: int, shards: int, steps: int, folder: Path) ->
         memory = Memory(process.pid)
         code = process.wait()
         memory.stop()
-        log.seek(0)
-        said = log.read()
-    if code:
-        raise SystemExit(f"the run ended with {code}:\n{said}")
-    return memory, json.loads((folder / "run" / "summary.json").read_text()), said
+        if code:
+            log.seek(0)
+            raise SystemExit(f"the run ended with {code}:\n{log.read()}")
+    return memory, json.loads((folder / "run" / "summary.json").read_text())
 
 
 def rows_of(memory: Memory, parameters: int) -> list[dict[str, Any]]:
@@ -154,17 +152,10 @@ def main(arguments: list[str] | None = None) -> None:
     parameters = 10_000_000 if options.quick else options.parameters
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        memory, summary, said = run(parameters, options.workers, options.shards, options.steps, Path(folder))
+        memory, summary = run(parameters, options.workers, options.shards, options.steps, Path(folder))
     rows = rows_of(memory, parameters)
     cells = [
-        [
-            r["what"],
-            f"{r['peak_gb']:.2f}",
-            f"{r['copies']:.1f}",
-            f"{r['accounted_for']:g}",
-            str(r["processes"]),
-            r["by"],
-        ]
+        [r["what"], *(f"{r[k]:.3g}" for k in ("peak_gb", "copies", "accounted_for", "processes")), r["by"]]
         for r in rows
     ]
     title = f"{parameters / 1e6:g} M parameters, {4 * parameters / 1e9:.2f} GB, {summary['version']} steps"
