@@ -140,8 +140,11 @@ class RunDirectory:
         except (OSError, ValueError):
             return {}
 
-    def claim(self) -> None:
+    def claim(self) -> int:
         """Marks the run as being written by this process.
+
+        Returns:
+            How many processes have written it before.
 
         Raises:
             RunDirError: a living process on this machine writes it already.
@@ -154,6 +157,16 @@ class RunDirectory:
         sweep(self.path)
         sweep(self.checkpoints)
         write_atomically(lock, f"{socket.gethostname()} {os.getpid()}")
+        return self._count_claim()
+
+    def _count_claim(self) -> int:
+        # Not in the checkpoints: of a process that ends before its first one, and of one whose newest is damaged,
+        # nothing would be left.
+        kept, before = self.path / ".claims", 0
+        with contextlib.suppress(OSError, ValueError):
+            before = int(kept.read_text())
+        write_atomically(kept, str(before + 1))
+        return before
 
     def release(self) -> None:
         """Takes the mark of :meth:`claim` away."""

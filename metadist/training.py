@@ -202,9 +202,11 @@ class _Training:
         snapshot = self._first_snapshot(checkpoint, content_id)
         self.backend = open_backend(self.experiment)
         self.stop.listen()
-        self.run.claim()
+        earlier, resumed = self.run.claim(), checkpoint is not None
+        # A run whose directory was lost has been claimed there as well.
+        self.progress.restarts["driver"] = max(earlier, self.progress.restarts.get("driver", 0) + resumed)
         try:
-            self._run(snapshot, content_id, faults, started, resumed=checkpoint is not None)
+            self._run(snapshot, content_id, faults, started, resumed)
         finally:
             self.run.release()
 
@@ -312,7 +314,6 @@ class _Training:
                 f"raise it: `metadist resume {self.run.path} outer.steps=...`",
             )
         self.progress = _progress_of(checkpoint)
-        self.progress.restarts["driver"] = self.progress.restarts.get("driver", 0) + 1
         return checkpoint.snapshot
 
     def _open_evaluation_sources(self) -> None:

@@ -207,6 +207,8 @@ class RayServer:
         for ref in message.refs:
             try:
                 ray.get(ref, timeout=self._timeout_s)
+            except GetTimeoutError as e:
+                raise self._silent() from e
             except RayTaskError as e:
                 if not isinstance(cause_of(e), RayError):
                     raise cause_of(e) from e
@@ -220,11 +222,14 @@ class RayServer:
         try:
             return ray.get(refs, timeout=self._timeout_s)
         except GetTimeoutError as e:
-            raise ServerLostError("parameter server", f"has not answered for {self._timeout_s:g} s") from e
+            raise self._silent() from e
         except RayTaskError as e:
             raise cause_of(e) from e
         except RayError as e:
             raise server_is_gone(e) from e
+
+    def _silent(self) -> ServerLostError:
+        return ServerLostError("parameter server", f"has not answered for {self._timeout_s:g} s")
 
 
 def server_is_gone(error: RayError) -> ServerLostError:

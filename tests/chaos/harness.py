@@ -101,6 +101,7 @@ class Disturbed:
         self.shards, self.run_dir, self._root = shards, run_dir, root
         self._options = {**OPTIONS, "tasks.path": shards, **changes}
         self.lines: list[tuple[float, str]] = []
+        self._resumed_at = 0
         self.process = self._start(["train", str(CONFIG), *self._words(), "--run-dir", str(run_dir)])
 
     # ----------------------------------------------------------------- the process
@@ -126,7 +127,8 @@ class Disturbed:
         """Goes on, and waits until it has said from where; returns that step."""
         since = time.monotonic()
         self.process = self._start(["resume", str(self.run_dir)], cut_write)
-        return int(self._heard(since, r"150 steps(?: from step (\d+))?,")[1] or 0)
+        self._resumed_at = int(self._heard(since, r"150 steps(?: from step (\d+))?,")[1] or 0)
+        return self._resumed_at
 
     def _heard(self, since: float, pattern: str) -> tuple[float, str | None]:
         """When the run first said something, in seconds from ``since``, and the part in parentheses."""
@@ -205,15 +207,28 @@ class Disturbed:
         return took, 0
 
     def _pause_worker(self, rng: random.Random) -> tuple[float, int]:
-        pid = self._actor(WORKERS, rng)
+        self.wait_for_step(self._resumed_at + 2)  # this life of the run has workers
+        pid, seconds = self._actor(WORKERS, rng), rng.uniform(1.0, 3.0)
+        since = time.monotonic()
         os.kill(pid, signal.SIGSTOP)
-        before = steps_of(self.run_dir)
-        time.sleep(rng.uniform(1.0, 3.0))
-        assert state_of(pid) == "T", "the worker was not stopped"
-        went_on = steps_of(self.run_dir) > before
+        _until(lambda: state_of(pid) == "T", "a signal stops the worker")
+        before, took = steps_of(self.run_dir), None
+        # One step more can have been finished before the signal; where nobody else is ready, nobody can take over.
+        alone = self._ready_workers() < 2
+        while took is None and not alone or time.monotonic() - since < seconds:
+            if took is None and steps_of(self.run_dir) >= before + 2:
+                took = time.monotonic() - since
+            assert state_of(pid) == "T", "the worker did not stay stopped"
+            assert time.monotonic() - since < 0.9 * float(str(OPTIONS["runtime.lease_timeout_s"])), (
+                "the others did not take over:\n" + self.said()
+            )
+            time.sleep(0.02)
         os.kill(pid, signal.SIGCONT)
-        assert went_on, "the others did not take over"
-        return 0.0, 0
+        return took or 0.0, 0
+
+    def _ready_workers(self) -> int:
+        whole, _, _ = (self.run_dir / "metrics.jsonl").read_text().rpartition("\n")
+        return int(json.loads(whole.splitlines()[-1])["workers"])
 
     def _stop_worker(self, rng: random.Random) -> tuple[float, int]:
         pid, since = self._actor(WORKERS, rng), time.monotonic()
