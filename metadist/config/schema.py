@@ -309,6 +309,11 @@ class RuntimeConfig(Section):
         description="numbers in which gradients travel to the server: bfloat16 halves the bytes, each worker sending "
         "with its next gradient what rounding took from the last; the run is not reproducible then",
     )
+    transport: Literal["object_store", "nixl"] = Field(
+        "object_store",
+        description="the way of gradients to the server: Ray's object store; or NIXL, for nodes that are joined by "
+        "RDMA, which wants the package nixl on each; changes no bit",
+    )
     max_staleness: Natural = Field(
         0,
         description="versions by which a gradient may lag when it is applied; 0: every update waits for its whole "
@@ -352,7 +357,11 @@ class RuntimeConfig(Section):
         if self.wire != "float32" and (self.max_staleness or self.quorum < 1):
             raise ValueError("wire: bfloat16 is for updates that wait for their meta-batch; write wire: float32")
         if self.topology != "server":
-            for name, off in {"max_staleness": 0, "node_sums": False, "server_shards": 1, "wire": "float32"}.items():
+            of_a_server = {
+                "max_staleness": 0, "node_sums": False, "server_shards": 1, "wire": "float32",
+                "transport": "object_store",
+            }  # fmt: skip
+            for name, off in of_a_server.items():
                 if getattr(self, name) != off:
                     raise ValueError(f"{name} is for topology: server; write {name}: {str(off).lower()}")
             if isinstance(self.workers, WorkersRange):

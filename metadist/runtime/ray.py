@@ -22,12 +22,12 @@ from ray.exceptions import ActorDiedError, RayError, RayTaskError
 from metadist.config.schema import WorkersRange
 from metadist.errors import ClusterError, MetadistError, ServerLostError, first_line
 from metadist.experiment import Experiment
-from metadist.outer.gradient import Block
 from metadist.runtime.backend import Computed, Died, Event, Joined, Left
 from metadist.runtime.cluster import connect, draining_nodes, plan_workers
 from metadist.runtime.ray_server import RayServer, cause_of, kill, server_is_gone
 from metadist.runtime.recovery import GiveUp, Kind, Limits, Loss, Losses
-from metadist.worker import Lease, LeaseWorker, MetaWorker, Report
+from metadist.runtime.transport import Transport, transport_named
+from metadist.worker import Lease, LeaseWorker, MetaWorker
 
 _START_TIMEOUT_S = 300.0
 _MEMBERSHIP_S = 1.0
@@ -39,23 +39,22 @@ MakeWorker = Callable[[Experiment, str], LeaseWorker]
 class WorkerProcess:
     """What the actors that compute have in common: a worker, made when they are asked whether they are ready."""
 
-    def __init__(self, experiment: Experiment, device: str, make: MakeWorker) -> None:
-        self._experiment, self._device, self._make = experiment, device, make
+    def __init__(self, experiment: Experiment, device: str, make: MakeWorker, transport: Transport) -> None:
+        self._experiment, self._device, self._make, self._transport = experiment, device, make, transport
 
     def ready(self) -> dict[str, Any]:
         # Not in the constructor, whose errors reach the driver as text alone.
+        self._transport.check()
         self._worker = self._make(self._experiment, self._device)
         return {"node": str(ray.get_runtime_context().get_node_id())}
 
 
 @ray.remote
 class _Worker(WorkerProcess):
-    def compute(
-        self, lease: Lease, cuts: list[tuple[int, int]], *weights: np.ndarray
-    ) -> tuple[Report | dict[Block, np.ndarray], ...]:
+    def compute(self, lease: Lease, cuts: list[tuple[int, int]], *weights: np.ndarray) -> tuple[Any, ...]:
         """The report, and what is for each shard of the server, whose weights came in the same order."""
         report, blocks = self._worker.compute(lease, weights)
-        return report, *({block: v[a:z] for block, v in blocks.items()} for a, z in cuts)
+        return report, *(self._transport.pack({block: v[a:z] for block, v in blocks.items()}) for a, z in cuts)
 
 
 @dataclass(eq=False)
@@ -81,6 +80,7 @@ class RayBackend:
     Args:
         experiment: what is run, with ``engine.strategy`` decided.
         make_worker: ``make_worker(experiment, device)``, called in each worker's process.
+        transport: how gradients go to the server, if it is not the one that ``runtime.transport`` names.
 
     Raises:
         ClusterError: the cluster cannot be reached or has not the GPUs asked for.
@@ -88,9 +88,12 @@ class RayBackend:
 
     _kind: Any = _Worker
 
-    def __init__(self, experiment: Experiment, make_worker: MakeWorker = MetaWorker) -> None:
+    def __init__(
+        self, experiment: Experiment, make_worker: MakeWorker = MetaWorker, transport: Transport | None = None
+    ) -> None:
         self._experiment, self._make_worker = experiment, make_worker
         self._runtime = experiment.config.runtime
+        self._transport = transport or transport_named(self._runtime.transport)
         self._handles: dict[int, Handle] = {}
         self._answered: dict[int, tuple[Handle, list[ObjectRef]]] = {}
         self._membership_seen = 0.0
@@ -111,7 +114,7 @@ class RayBackend:
 
     def start(self, snapshot: dict[str, Any], outer: dict[str, Any]) -> None:
         self._experiment_ref, self._outer = ray.put(self._experiment), outer
-        self._server = RayServer(snapshot, outer, self._runtime)
+        self._server = RayServer(snapshot, outer, self._runtime, self._transport)
         self._begin(self._runtime.workers.min if isinstance(self._runtime.workers, WorkersRange) else 1)
 
     def _begin(self, wanted: int) -> None:
@@ -196,7 +199,7 @@ class RayBackend:
         self.server.close()
         self._answered.clear()
         self._unwanted = {lease.number for h in self._handles.values() for lease, _ in h.answers.values()}
-        self._server = RayServer(snapshot, self._outer, self._runtime)
+        self._server = RayServer(snapshot, self._outer, self._runtime, self._transport)
 
     @property
     def server(self) -> RayServer:
@@ -235,9 +238,10 @@ class RayBackend:
             "num_gpus": self._gpus,
             "max_restarts": 0,
             "max_task_retries": 0,
+            **self._transport.options,
         }
         device = "cuda" if self._gpus else "cpu"
-        actor = self._kind.options(**options).remote(self._experiment_ref, device, self._make_worker)
+        actor = self._kind.options(**options).remote(self._experiment_ref, device, self._make_worker, self._transport)
         self._handles[self._next_worker] = Handle(actor, actor.ready.remote())
         self._next_worker += 1
 

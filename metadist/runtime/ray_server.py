@@ -24,14 +24,15 @@ from metadist.outer.gradient import Block, TreeSum, placed
 from metadist.outer.partition import cut, joined_snapshot, part_of_options, part_of_snapshot
 from metadist.outer.update import norm_of
 from metadist.outer.wire import widened
+from metadist.runtime.transport import Transport
 from metadist.server import ParameterServer
 from metadist.worker import Lease
 
 
 @ray.remote
 class _Shard:
-    def __init__(self, snapshot: dict[str, Any], options: dict[str, Any], threads: int) -> None:
-        self._server = ParameterServer.at(snapshot, options, threads)
+    def __init__(self, snapshot: dict[str, Any], options: dict[str, Any], threads: int, transport: Transport) -> None:
+        self._server, self._transport = ParameterServer.at(snapshot, options, threads), transport
 
     def weights(self) -> np.ndarray:
         return self._server.weights()
@@ -42,9 +43,8 @@ class _Shard:
     def retract(self, slot: int) -> None:
         self._server.retract(slot)
 
-    def add(self, version: int, count: int, blocks: dict[Block, np.ndarray], slot: int | None, weight: float) -> int:
-        whole = {block: widened(value) for block, value in blocks.items()}
-        return self._server.add(version, count, placed(whole, slot, weight))
+    def add(self, version: int, count: int, packed: Any, slot: int | None, weight: float) -> int:
+        return self._server.add(version, count, placed(_unpacked(self._transport, packed), slot, weight))
 
     def squares(self, version: int, tasks: float, slots: Sequence[int] | None) -> list[float]:
         return self._server.squares(version, tasks, slots)
@@ -62,24 +62,29 @@ class _Shard:
 class _NodeSum:
     """Sums what the workers of its node have computed, so that one sum leaves the node instead of one from each."""
 
-    def __init__(self) -> None:
-        self._version = -1
+    def __init__(self, transport: Transport) -> None:
+        self._version, self._transport = -1, transport
         self._sums: list[TreeSum] = []
 
-    def add(self, version: int, count: int, *parts: dict[Block, np.ndarray]) -> None:
+    def add(self, version: int, count: int, *parts: Any) -> None:
         """Takes a lease's gradients, one of ``parts`` for each shard of the server."""
         if version != self._version:
             self._version, self._sums = version, [TreeSum(count) for _ in parts]
-        for tree, blocks in zip(self._sums, parts, strict=True):
-            for block, value in blocks.items():
-                tree.add(block, widened(value))
+        for tree, packed in zip(self._sums, parts, strict=True):
+            for block, value in _unpacked(self._transport, packed).items():
+                tree.add(block, value)
 
     def give(self, version: int) -> Any:
         """What has come so far, summed as far as it goes: for each shard of the server. It is let go."""
         if version != self._version:
             raise ValueError(f"asked for the sums of version {version}, but version {self._version} is here")
         sums, self._sums, self._version = self._sums, [], -1
-        return tuple(tree.held() for tree in sums) if len(sums) > 1 else sums[0].held()
+        packed = tuple(self._transport.pack(tree.held()) for tree in sums)
+        return packed if len(packed) > 1 else packed[0]
+
+
+def _unpacked(transport: Transport, packed: Any) -> dict[Block, np.ndarray]:
+    return {block: widened(value) for block, value in transport.unpack(packed).items()}
 
 
 @dataclass
@@ -107,11 +112,15 @@ class RayServer:
     Args:
         snapshot, outer: as of :meth:`metadist.runtime.backend.Backend.start`.
         runtime: how many shards, and their threads.
+        transport: how gradients come to it.
 
     ``weights`` are references to the present version's weights, one for each of ``cuts`` of the flat vector.
     """
 
-    def __init__(self, snapshot: dict[str, Any], outer: dict[str, Any], runtime: RuntimeConfig) -> None:
+    def __init__(
+        self, snapshot: dict[str, Any], outer: dict[str, Any], runtime: RuntimeConfig, transport: Transport
+    ) -> None:
+        self._transport = transport
         self.cuts = cut(outer["sizes"], runtime.server_shards)
         self._timeout_s = runtime.server_timeout_s
         self._sent: list[_Sent] = []
@@ -120,11 +129,15 @@ class RayServer:
         # come and go they stay on the driver's, without which the run would end anyway.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         spread = len(self.cuts) > 1 and not isinstance(runtime.workers, WorkersRange)
-        where = {"num_cpus": 0, "max_restarts": 0, "scheduling_strategy": "SPREAD" if spread else here}
+        where = {
+            "num_cpus": 0, "max_restarts": 0, "scheduling_strategy": "SPREAD" if spread else here, **transport.options
+        }  # fmt: skip
         self._shards: list[ActorHandle] = []
         for a, z in self.cuts:
             part, options = part_of_snapshot(snapshot, a, z), part_of_options(outer, a, z)
-            made = _Shard.options(**where).remote(part, options, runtime.threads_per_worker)  # type: ignore[attr-defined]
+            made = _Shard.options(**where).remote(  # type: ignore[attr-defined]
+                part, options, runtime.threads_per_worker, transport
+            )
             self._shards.append(made)
         self.weights: list[ObjectRef] = [shard.weights.remote() for shard in self._shards]
 
@@ -148,7 +161,9 @@ class RayServer:
         """Sends a lease's gradients to the sums of the node they are on, which go on with :meth:`pass_on`."""
         if node not in self._node_sums:
             on_it = NodeAffinitySchedulingStrategy(node, soft=False)
-            made = _NodeSum.options(num_cpus=0, max_restarts=0, scheduling_strategy=on_it).remote()  # type: ignore[attr-defined]
+            made = _NodeSum.options(  # type: ignore[attr-defined]
+                num_cpus=0, max_restarts=0, scheduling_strategy=on_it, **self._transport.options
+            ).remote(self._transport)
             self._node_sums[node] = _Gathering(made)
         gathering = self._node_sums[node]
         gathering.version, gathering.count = version, count

@@ -30,10 +30,10 @@ from tests.ray.several_nodes import cluster
 STEPS, EVERY = 150, 10
 CONFIG = ROOT / "configs" / "omniglot_5way1shot_maml.yaml"
 OPTIONS = {
-    "outer.steps": STEPS, "outer.schedule": "constant", "outer.meta_batch_size": 12, "outer.tasks_per_microbatch": 2,
-    "model.filters": 8, "engine.compile": "false", "tasks.resident": "false", "evaluation.episodes": 20,
+    "outer.steps": STEPS, "outer.schedule": "constant", "outer.meta_batch_size": 6, "outer.tasks_per_microbatch": 2,
+    "model.filters": 4, "engine.compile": "false", "tasks.resident": "false", "evaluation.episodes": 20,
     "checkpoint.every": EVERY, "tracking.wandb.mode": "disabled", "runtime.type": "ray", "runtime.workers": 3,
-    "runtime.lease_timeout_s": 5, "runtime.server_timeout_s": 10, "runtime.max_worker_restarts": 200,
+    "runtime.lease_timeout_s": 3, "runtime.server_timeout_s": 10, "runtime.max_worker_restarts": 200,
     "runtime.max_server_restarts": 50,
 }  # fmt: skip
 KINDS = (
@@ -77,7 +77,7 @@ class History:
 def schedule(seed: int, faults: int, kinds: Sequence[str] = KINDS) -> list[Fault]:
     """Faults of a history, in the order of their steps."""
     rng = random.Random(seed)
-    steps = sorted(rng.sample(range(5, STEPS - 25), faults))
+    steps = sorted(rng.sample(range(5, STEPS - 50), faults))
     return [Fault(rng.choice(kinds), step) for step in steps]
 
 
@@ -208,7 +208,7 @@ class Disturbed:
 
     def _pause_worker(self, rng: random.Random) -> tuple[float, int]:
         self.wait_for_step(self._resumed_at + 2)  # this life of the run has workers
-        pid, seconds = self._actor(WORKERS, rng), rng.uniform(1.0, 3.0)
+        pid, seconds = self._actor(WORKERS, rng), rng.uniform(0.5, 2.0)
         since = time.monotonic()
         os.kill(pid, signal.SIGSTOP)
         _until(lambda: state_of(pid) == "T", "a signal stops the worker")
