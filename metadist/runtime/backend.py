@@ -45,7 +45,15 @@ class Joined:
     worker: int
 
 
-Event = Computed | Died | Left | Joined
+@dataclass(frozen=True)
+class Moved:
+    """Something other than a worker has gone to another node, between two updates."""
+
+    what: str
+    reason: str
+
+
+Event = Computed | Died | Left | Joined | Moved
 
 
 class Backend(Protocol):

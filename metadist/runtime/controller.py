@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from metadist.errors import ClusterError, NonFiniteError
-from metadist.runtime.backend import Backend, Computed, Died, Event, Left
+from metadist.runtime.backend import Backend, Computed, Died, Event, Left, Moved
 from metadist.runtime.leases import Ledger
 from metadist.runtime.pace import Pace
 from metadist.staleness import Applied
@@ -218,6 +218,8 @@ class Controller:
         elif isinstance(event, Left):
             self.pace.forget(event.worker)
             self.on_event(f"worker {event.worker} left ({event.reason})")
+        elif isinstance(event, Moved):
+            self.on_event(f"{event.what} moved to another node ({event.reason})")
         else:
             self.on_event(f"worker {event.worker} joined")
 

@@ -22,7 +22,7 @@ from ray.exceptions import ActorDiedError, RayError, RayTaskError
 from metadist.config.schema import WorkersRange
 from metadist.errors import ClusterError, MetadistError, ServerLostError, first_line
 from metadist.experiment import Experiment
-from metadist.runtime.backend import Computed, Died, Event, Joined, Left
+from metadist.runtime.backend import Computed, Died, Event, Joined, Left, Moved
 from metadist.runtime.cluster import connect, draining_nodes, plan_workers
 from metadist.runtime.ray_server import RayServer, cause_of, kill, server_is_gone
 from metadist.runtime.recovery import GiveUp, Kind, Limits, Loss, Losses
@@ -103,6 +103,8 @@ class RayBackend:
         )
         self._losses = Losses(limits)
         self._unwanted: set[int] = set()
+        self._draining: set[str] = set()
+        self._moved: list[Event] = []
         self._server: RayServer | None = None
         self._started_here = connect(self._runtime)
         self._here = ray.get_runtime_context().get_node_id()
@@ -189,17 +191,30 @@ class RayBackend:
         return self.server.settle()
 
     def commit(self, version: int, tasks: float, slots: Sequence[int] | None = None) -> dict[str, float]:
-        return self.server.commit(version, tasks, slots)
+        result = self.server.commit(version, tasks, slots)
+        # In updates that do not wait, gradients are on their way at any time.
+        if self._draining and not self._runtime.max_staleness and self._draining & self.server.nodes():
+            self._move_server()
+        return result
 
     def snapshot(self) -> dict[str, Any]:
         return self.server.snapshot()
 
     def restore(self, snapshot: dict[str, Any], error: ServerLostError) -> None:
         self._note("server", error.problem)
-        self.server.close()
         self._answered.clear()
+        self._place_server(snapshot)
+
+    def _place_server(self, snapshot: dict[str, Any]) -> None:
+        """Puts a server in the place of the one there is; leases that are out are answered for nothing."""
+        self.server.close()
         self._unwanted = {lease.number for h in self._handles.values() for lease, _ in h.answers.values()}
         self._server = RayServer(snapshot, self._outer, self._runtime, self._transport)
+
+    def _move_server(self) -> None:
+        """Away from nodes that are being drained, where nothing new is placed."""
+        self._place_server(self.server.snapshot())
+        self._moved.append(Moved("the parameter server", "its node is being drained"))
 
     @property
     def server(self) -> RayServer:
@@ -275,18 +290,20 @@ class RayBackend:
     def _leave(self) -> list[Event]:
         """Lets go of the workers of nodes that are being drained, once they hold no lease; looks once a second.
 
+        The server leaves with the next commit.
+
         If the driver's own node is one of them, the run is stopped as by SIGTERM: it can be resumed elsewhere.
         """
         now = time.monotonic()
         if now - self._membership_seen < _MEMBERSHIP_S:
             return []
         self._membership_seen = now
-        draining = draining_nodes()
+        self._draining = draining = draining_nodes()
         if self._here in draining:
             self._here = ""
             signal.raise_signal(signal.SIGTERM)
             return []
-        events: list[Event] = []
+        events, self._moved = self._moved, []
         for number, handle in list(self._handles.items()):
             handle.leaving = handle.leaving or handle.node in draining
             if handle.leaving and not handle.answers:

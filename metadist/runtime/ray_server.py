@@ -34,6 +34,9 @@ class _Shard:
     def __init__(self, snapshot: dict[str, Any], options: dict[str, Any], threads: int, transport: Transport) -> None:
         self._server, self._transport = ParameterServer.at(snapshot, options, threads), transport
 
+    def node(self) -> str:
+        return str(ray.get_runtime_context().get_node_id())
+
     def weights(self) -> np.ndarray:
         return self._server.weights()
 
@@ -140,6 +143,7 @@ class RayServer:
             )
             self._shards.append(made)
         self.weights: list[ObjectRef] = [shard.weights.remote() for shard in self._shards]
+        self._nodes: list[ObjectRef] = [shard.node.remote() for shard in self._shards]
 
     def add(
         self,
@@ -211,6 +215,10 @@ class RayServer:
         """Of all shards at one version."""
         # A consistent cut: calls of one caller are in order, and none commits in between.
         return joined_snapshot(self._got([s.snapshot.remote() for s in self._shards]))
+
+    def nodes(self) -> set[str]:
+        """Where the shards are."""
+        return set(self._got(self._nodes))
 
     def close(self) -> None:
         """Ends the actors."""

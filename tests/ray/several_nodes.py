@@ -200,6 +200,30 @@ def pending_actors() -> int:
     return sum(name in ("PENDING_CREATION", "DEPENDENCIES_UNREADY") for name in names)
 
 
+def server_moves() -> dict[str, Any]:
+    """A node that holds a part of the server is drained, and then gone."""
+    with cluster() as nodes:
+        there = [nodes.add_node(num_cpus=2) for _ in range(2)]
+        updates = Updates(nodes.address, workers=2, server_shards=3)
+        updates.step(times=2)
+        before = updates.backend.server.nodes()
+        goes = next(node for node in there if node.node_id in before)
+        drain(nodes, goes.node_id)
+        updates.until(lambda: goes.node_id in updates.backend._draining, "the notice")
+        updates.step(times=2)
+        after = updates.backend.server.nodes()
+        updates.until(lambda: any("moved" in event for event in updates.events), "the move is told")
+        nodes.remove_node(goes, allow_graceful=False)
+        updates.step(times=2)
+        result = {
+            "told": updates.told, "undisturbed": undisturbed(updates.version), "events": updates.events,
+            "was_there": goes.node_id in before, "is_there": goes.node_id in after,
+            "losses": updates.backend.restarts()["server"],
+        }  # fmt: skip
+        updates.backend.close()
+    return result
+
+
 def lost_on_the_way() -> dict[str, Any]:
     """A node dies when its workers have answered, before the server has what they computed."""
     found: dict[str, Any] = {}
@@ -301,6 +325,9 @@ def histories(seeds: Sequence[int]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    known = {"come_and_go": come_and_go, "lost_on_the_way": lost_on_the_way, "histories": histories, "grid": grid}
+    known = {
+        "come_and_go": come_and_go, "server_moves": server_moves, "lost_on_the_way": lost_on_the_way,
+        "histories": histories, "grid": grid,
+    }  # fmt: skip
     name, *numbers = sys.argv[1:]
     print(json.dumps(known[name](*([list(map(int, numbers))] if numbers or name == "grid" else []))))

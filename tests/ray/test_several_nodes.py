@@ -32,6 +32,14 @@ def test_nodes_that_join_are_drained_and_die_change_nothing() -> None:
 
 
 @pytest.mark.slow
+def test_a_server_leaves_a_node_that_is_drained_and_nothing_is_made_again() -> None:
+    told = happened("server_moves")
+    assert told["was_there"] and not told["is_there"] and told["losses"] == 0
+    assert any("the parameter server moved to another node" in event for event in told["events"])
+    assert told["told"] == told["undisturbed"]
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_gradients_lost_with_their_node_are_computed_again() -> None:
     for told in happened("lost_on_the_way").values():
