@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from metadist.worker import Lease, Round
+from tests.conftest import ROOT
 from tools.bench import step_overhead
 from tools.bench.distribution_parts.emulated import EmulatedWorker, gradient, numbers, shapes
 
@@ -77,6 +78,21 @@ def test_sides_take_turns() -> None:
     sides = {name: lambda n, name=name: order.append(name * n) for name in "ab"}
     found = step_overhead.in_turns(sides, 3, 0.0)
     assert "".join(order) == "ab" + "ab" + "ba" + "ab" and all(len(times) == 3 for times in found.values())
+
+
+def test_what_a_run_spends_between_its_workers_is_told() -> None:
+    lines = [{"step_s": s, "worker_s": {"0": 0.5, "1": c}} for s, c in ((1.0, 0.9), (2.0, 1.9), (4.0, 3.0))]
+    row = step_overhead.layer_of(lines)
+    assert row["steps"] == 3 and row["ms_per_step"] == 2000 and row["computed_ms"] == 1900
+    assert row["layer_ms"] == pytest.approx(100) and row["layer_part"] == pytest.approx(0.1)
+
+
+@pytest.mark.slow
+def test_a_run_is_looked_at(capsys: pytest.CaptureFixture[str]) -> None:
+    step_overhead.main(["--run", str(ROOT / "configs" / "sinusoid_maml.yaml"), "--steps", "5"])
+    columns, row = (line.split("\t") for line in capsys.readouterr().out.splitlines())
+    told = dict(zip(columns, row, strict=True))
+    assert told["config"] == "sinusoid_maml" and told["steps"] == "5" and 0 < float(told["layer_part"]) < 1
 
 
 def test_it_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:

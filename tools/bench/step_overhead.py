@@ -8,6 +8,9 @@ Beside it, in the same processes and in turns:
 - gloo's all-reduce of the flat vector, which sums and does not update.
 
 Before anything is timed, all are checked to come to the same weights, or the same sum.
+
+``--run CONFIG`` asks the same of a real run with two workers: the part of a step that none of its workers computes,
+which is the step less what the busiest of them computed.
 """
 
 from __future__ import annotations
@@ -15,11 +18,14 @@ from __future__ import annotations
 import argparse
 import datetime
 import itertools
+import json
 import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +44,8 @@ from tools.bench.distribution_parts.peers import Example  # noqa: E402
 
 COLUMNS = ("model_mb", "workers", "ms_per_step", "ray_example_ms", "speedup_over_ray_example", "empty_calls_ms",
            "ratio_to_empty_calls", "all_reduce_ms")  # fmt: skip
-WARM_UP = 3
+RUN = ("config", "workers", "steps", "ms_per_step", "computed_ms", "layer_ms", "layer_part")
+WARM_UP, RUN_WARM_UP = 3, 20
 
 
 def compare(model: str, workers: int, rounds: int, turn_s: float, shards: int = 1) -> dict[str, Any]:
@@ -93,8 +100,46 @@ def in_turns(sides: dict[str, Callable[[int], Any]], rounds: int, turn_s: float)
     return found
 
 
-def cells(row: dict[str, Any]) -> list[str]:
-    return [f"{row[c]:.3g}" if isinstance(row[c], float) else str(row[c]) for c in COLUMNS]
+def of_a_run(config: str, words: list[str], steps: int, workers: int = 2) -> dict[str, Any]:
+    """The row of a run of ``metadist train``.
+
+    Args:
+        config: a config file.
+        words: ``key=value``, on top of it.
+        steps: timed, after some that warm up.
+        workers: how many.
+
+    Raises:
+        CalledProcessError: the run failed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        fixed = {
+            "runtime.type": "ray", "runtime.workers": workers, "outer.steps": steps + RUN_WARM_UP,
+            "checkpoint.every": 10**6, "evaluation.every": 0, "evaluation.episodes": 20,
+            "tracking.wandb.mode": "disabled", "tracking.console": "false",
+        }  # fmt: skip
+        command = [sys.executable, "-m", "metadist.cli", "train", config, *(f"{k}={v}" for k, v in fixed.items())]
+        subprocess.run(
+            [*command, *words, "--run-dir", f"{folder}/run"], check=True, stdout=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        lines = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
+    return {"config": Path(config).stem, "workers": workers, **layer_of(lines[RUN_WARM_UP:])}
+
+
+def layer_of(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians over the lines of a ``metrics.jsonl``: of the step, the busiest worker and what is between them."""
+    step, computed = [x["step_s"] for x in lines], [max(x["worker_s"].values()) for x in lines]
+    between = [a - b for a, b in zip(step, computed, strict=True)]
+    return {
+        "steps": len(lines), "ms_per_step": 1e3 * statistics.median(step),
+        "computed_ms": 1e3 * statistics.median(computed), "layer_ms": 1e3 * statistics.median(between),
+        "layer_part": statistics.median(a / b for a, b in zip(between, step, strict=True)),
+    }  # fmt: skip
+
+
+def cells(row: dict[str, Any], columns: Sequence[str] = COLUMNS) -> list[str]:
+    return [f"{row[c]:.3g}" if isinstance(row[c], float) else str(row[c]) for c in columns]
 
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
@@ -108,6 +153,8 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shards", type=int, default=1, metavar="N", help="of the parameter server (default: 1)")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="turns of each side (default: 7)")
     parser.add_argument("--turn-s", type=float, default=2.0, metavar="S", help="seconds of a turn (default: 2)")
+    parser.add_argument("--run", nargs="+", metavar="CONFIG [KEY=VALUE]", help="look at a run in place of all this")
+    parser.add_argument("--steps", type=int, default=200, metavar="N", help="of that run (default: 200)")
     parser.add_argument("--quick", action="store_true", help="4 workers, shorter turns: under five minutes")
     parser.add_argument("--json", type=Path, metavar="FILE", help='write {"rows": [...]} and how they came about')
     found = parser.parse_args(words)
@@ -120,6 +167,13 @@ def main(words: list[str] | None = None) -> None:
     options = arguments(words)
     setup = {"date": datetime.date.today().isoformat(), "cpu_cores": os.cpu_count(), "torch": torch.__version__,
              "ray": ray.__version__}  # fmt: skip
+    if options.run:
+        config, *changes = options.run
+        row = of_a_run(config, changes, options.steps)
+        if options.json:
+            keep_rows(options.json, [row], setup)
+        show_table(RUN, [cells(row, RUN)])
+        return
     rows = []
     for model, workers in itertools.product(options.models, options.workers):
         connect(RuntimeConfig(workers=2 * workers))
