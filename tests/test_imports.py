@@ -90,3 +90,9 @@ def test_the_public_names_are_there_and_are_all_of_them() -> None:
     assert all(getattr(metadist, name).__module__.startswith("metadist.") for name in metadist.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
         _ = metadist.nonsense
+
+
+def test_processes_that_compile_nothing_load_no_compiler() -> None:
+    """A second and more for each worker, server and driver, at every restart."""
+    found = python("import sys, metadist.training, metadist.runtime.ray; print('torch._dynamo' in sys.modules)")
+    assert found.stdout.strip() == "False", found.stderr

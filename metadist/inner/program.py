@@ -21,7 +21,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
-from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
@@ -83,6 +82,9 @@ def _compiled(graph: fx.GraphModule, flat: list[Tensor]) -> Callable[..., Any]:
 @contextmanager
 def alone(what: str) -> Iterator[None]:
     """Within it, no other process of this machine and user is within it for the same ``what``."""
+    # Here and not above: it takes a second and more, which processes that compile nothing need not spend.
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
     name = hashlib.sha256(what.encode()).hexdigest()[:32]
     folder = Path(cache_dir())
     try:

@@ -52,7 +52,7 @@ def test_processes_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_where_nothing_can_be_kept_each_compiles_for_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("not a folder")
-    monkeypatch.setattr("metadist.inner.program.cache_dir", lambda: str(tmp_path / "file" / "below"))
+    monkeypatch.setattr("torch._inductor.runtime.cache_dir_utils.cache_dir", lambda: str(tmp_path / "file" / "below"))
     entered = []
     with alone("a"):
         entered.append("a")

@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 import platform
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -54,10 +55,17 @@ def load(source: Path) -> ctypes.CDLL | None:
         return None
 
 
-def _built(source: Path) -> Path:
-    from torch._inductor.cpp_builder import get_cpp_compiler
+def _compiler() -> str:
+    """``$CXX``, or what there is. Inductor's own choice would do, but takes a second and more to ask for."""
+    named = os.environ.get("CXX")
+    found = [named] if named else [name for name in ("g++", "clang++", "c++") if shutil.which(name)]
+    if not found:
+        raise FileNotFoundError("there is no C++ compiler: none of g++, clang++ and c++, and CXX is not set")
+    return found[0]
 
-    compiler = get_cpp_compiler()
+
+def _built(source: Path) -> Path:
+    compiler = _compiler()
     texts = [f.read_bytes() for f in (source, *sorted(source.parent.glob("*.h")))]
     name = hashlib.sha256(b"\0".join([*texts, compiler.encode(), " ".join(_FLAGS).encode(), _processor()])).hexdigest()
     cache = Path(os.environ.get("METADIST_CACHE", Path.home() / ".cache" / "metadist"))
