@@ -140,11 +140,8 @@ class RunDirectory:
         except (OSError, ValueError):
             return {}
 
-    def claim(self) -> int:
+    def claim(self) -> None:
         """Marks the run as being written by this process.
-
-        Returns:
-            How many processes have written it before.
 
         Raises:
             RunDirError: a living process on this machine writes it already.
@@ -157,16 +154,18 @@ class RunDirectory:
         sweep(self.path)
         sweep(self.checkpoints)
         write_atomically(lock, f"{socket.gethostname()} {os.getpid()}")
-        return self._count_claim()
 
-    def _count_claim(self) -> int:
-        # Not in the checkpoints: of a process that ends before its first one, and of one whose newest is damaged,
-        # nothing would be left.
-        kept, before = self.path / ".claims", 0
-        with contextlib.suppress(OSError, ValueError):
-            before = int(kept.read_text())
-        write_atomically(kept, str(before + 1))
-        return before
+    def restarts(self) -> dict[str, int]:
+        """What was last kept with :meth:`keep_restarts`; nothing, of a run that no process has written before."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            found = json.loads((self.path / ".restarts").read_text())
+            return {str(kind): int(count) for kind, count in found.items()}
+        return {}
+
+    def keep_restarts(self, counts: dict[str, int]) -> None:
+        """Keeps how often something was lost, beside the checkpoints: those since the last one count as well."""
+        with contextlib.suppress(OSError):  # of a full disk others tell
+            write_atomically(self.path / ".restarts", json.dumps(counts))
 
     def release(self) -> None:
         """Takes the mark of :meth:`claim` away."""

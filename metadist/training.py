@@ -202,11 +202,10 @@ class _Training:
         snapshot = self._first_snapshot(checkpoint, content_id)
         self.backend = open_backend(self.experiment)
         self.stop.listen()
-        earlier, resumed = self.run.claim(), checkpoint is not None
-        # A run whose directory was lost has been claimed there as well.
-        self.progress.restarts["driver"] = max(earlier, self.progress.restarts.get("driver", 0) + resumed)
+        self.run.claim()
+        self._count_restarts(resumed=checkpoint is not None)
         try:
-            self._run(snapshot, content_id, faults, started, resumed)
+            self._run(snapshot, content_id, faults, started, resumed=checkpoint is not None)
         finally:
             self.run.release()
 
@@ -255,6 +254,19 @@ class _Training:
             except ServerLostError as e:
                 version = self._restore(e)
 
+    def _count_restarts(self, resumed: bool) -> None:
+        """Goes on from the counts of the checkpoint, or of the run directory if it has seen more."""
+        counts, kept = self.progress.restarts, self.run.restarts()
+        for kind, count in kept.items():
+            counts[kind] = max(counts.get(kind, 0), count)
+        counts["driver"] = counts.get("driver", 0) + (resumed or bool(kept))
+        self.run.keep_restarts(counts)
+
+    def _tell(self, text: str) -> None:
+        """Says what has happened; if something was lost, that is kept at once."""
+        self.trackers.message(text)
+        self.run.keep_restarts(self._totals().restarts)
+
     def _restore(self, error: ServerLostError) -> int:
         """Goes back to the newest whole checkpoint, with the workers there are; returns its version."""
         assert self.backend is not None
@@ -266,7 +278,7 @@ class _Training:
         self.trackers.rewind(checkpoint.version)
         for fault in faults:
             self.trackers.message(f"passed over a damaged checkpoint: {fault}")
-        self.trackers.message(f"{error.where} {error.problem}; going on from step {checkpoint.version}")
+        self._tell(f"{error.where} {error.problem}; going on from step {checkpoint.version}")
         earlier, self.controller = self.controller, self._controller(checkpoint.version)
         self.controller.take_over(earlier)
         return checkpoint.version
@@ -274,7 +286,7 @@ class _Training:
     def _controller(self, version: int) -> Controller:
         """What gathers updates: those of whole meta-batches, or of what comes first. The latter two keep a log."""
         assert self.backend is not None
-        runtime, told = self.config.runtime, self.trackers.message
+        runtime, told = self.config.runtime, self._tell
         timeout = runtime.lease_timeout_s
         self.log = UpdateLog(self.run.path, version) if runtime.max_staleness or runtime.quorum < 1 else None
         if not runtime.max_staleness:

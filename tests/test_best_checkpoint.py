@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,16 @@ def test_a_run_that_never_judged_itself_has_no_best(tmp_path: Path) -> None:
     metadist("train", ROOT / "configs" / "sinusoid_maml.yaml", *words, "--run-dir", tmp_path / "run")
     told = metadist("evaluate", tmp_path / "run", "--checkpoint", "best", code=1)
     assert "holds no best checkpoint" in told and "evaluation.every" in told
+
+
+def test_what_was_lost_is_counted_though_the_checkpoints_know_nothing_of_it(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    metadist("train", ROOT / "configs" / "sinusoid_maml.yaml", *SHORT, "checkpoint.keep=9", "--run-dir", run_dir)
+    for times in (1, 2, 3):
+        for version in (4, 8):
+            shutil.rmtree(run_dir / "checkpoints" / f"{version:08d}", ignore_errors=True)
+        metadist("resume", run_dir)  # from step 0, whose checkpoint has seen no end of a process
+        assert json.loads((run_dir / "summary.json").read_text())["restarts"]["driver"] == times
+    (run_dir / ".restarts").write_text("[]")
+    metadist("resume", run_dir, "outer.steps=9")
+    assert json.loads((run_dir / "summary.json").read_text())["restarts"]["driver"] == 4, "the checkpoint's, plus one"
