@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
 from metadist.errors import DataError
+from metadist.progress import Progress
 
 _OUT = click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory to make; must not exist.")
 
@@ -62,7 +60,7 @@ def omniglot(source: Path | None, out: Path, split: str, splits_dir: Path | None
     """
     from metadist.data import pack_omniglot
 
-    with _Progress("packing") as progress:
+    with Progress("packing") as progress:
         manifest = pack_omniglot(
             source, out, split=split, splits_dir=splits_dir, seed=seed, size=size, progress=progress
         )
@@ -97,7 +95,7 @@ def folder(source: Path, out: Path, size: int, gray: bool, seed: int, on_bad: st
     """
     from metadist.data import pack_folder
 
-    with _Progress("packing") as progress:
+    with Progress("packing") as progress:
         manifest = pack_folder(
             source, out, size=size, grayscale=gray, seed=seed, on_bad=on_bad, most_bad=most_bad, progress=progress
         )
@@ -117,7 +115,7 @@ def glyphs(out: Path) -> None:
     from metadist.tasks.glyphs import glyph_images
 
     images, names, splits = glyph_images()
-    with _Progress("packing") as progress:
+    with Progress("packing") as progress:
         manifest = pack_arrays(
             images, names, splits, out, name="glyphs", licence="Bitstream Vera / DejaVu and STIX font licences",
             source="letters drawn from the fonts that matplotlib carries", progress=progress,
@@ -139,7 +137,7 @@ def verify(directory: Path, as_json: bool) -> None:
 
     from metadist.data import verify as check
 
-    with _Progress("verifying") as progress:
+    with Progress("verifying") as progress:
         report = asdict(check(directory, progress=progress))
     if as_json:
         click.echo(json.dumps(report))
@@ -169,28 +167,6 @@ def info(directory: Path, as_json: bool) -> None:
     for name, value in held.items():
         shown = ", ".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else value
         click.echo(f"{name:<12} {shown}")
-
-
-class _Progress:
-    """Says how far a long command is: a line rewritten on a terminal, one every few seconds elsewhere."""
-
-    def __init__(self, verb: str) -> None:
-        self.verb, self.last, self.live = verb, time.monotonic(), sys.stderr.isatty()
-
-    def __enter__(self) -> Callable[[int, int], None]:
-        return self
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if now - self.last < (0.1 if self.live else 5.0) and done != total:
-            return
-        self.last = now
-        text = f"{self.verb} {done:,} of {total:,}"
-        click.echo(f"\r{text}" if self.live else text, nl=not self.live, err=True)
-
-    def __exit__(self, *_: object) -> None:
-        if self.live:
-            click.echo("", err=True)
 
 
 def _done(out: Path, manifest: Any) -> None:

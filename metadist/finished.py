@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import track
 
 from metadist.algorithms import Algorithm
 from metadist.checkpoint import (
@@ -26,6 +24,7 @@ from metadist.evaluation import evaluation_round, summarise, tasks_together
 from metadist.experiment import Experiment
 from metadist.history import UPDATES, replayed, updates
 from metadist.outer.gradient import Layout, sha256_of
+from metadist.progress import tracked
 from metadist.rundir import RunDirectory
 from metadist.server import outer_options
 from metadist.storage import Store
@@ -44,7 +43,7 @@ def evaluate(
     source = experiment.source(config.split, size)
     pieces: dict[str, list[np.ndarray]] = {}
     dtype = next(iter(checkpoint.meta_params.values())).dtype
-    for m in range(round.microbatches):
+    for m in tracked(range(round.microbatches), "evaluating", round.microbatches):
         batch = source.episodes(experiment.config.seed, round.stream, round.episodes(m))
         with torch.no_grad():
             for name, values in learner.evaluate(checkpoint.meta_params, batch.to("cpu", dtype)).items():
@@ -85,7 +84,7 @@ def replay(run_dir: Path, version: int | None = None, code: bool | frozenset[str
     options = outer_options(experiment, learner, Layout.of(learner.initial_meta_params()))
     last: dict[str, torch.Tensor] = {}
     steps = replayed(experiment, options, log[: checkpoint.version])
-    for _, made in track(steps, "replaying", checkpoint.version, console=Console(stderr=True), transient=True):
+    for _, made in tracked(steps, "replaying", checkpoint.version):
         last = made
     digest = sha256_of(last)
     same = digest == sha256_of(checkpoint.meta_params)

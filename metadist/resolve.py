@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ByteSize
-from rich.console import Console
-from rich.progress import Progress
 
 from metadist.algorithms import Plan
 from metadist.episode import EpisodeBatch, Examples
@@ -24,6 +22,7 @@ from metadist.experiment import Experiment
 from metadist.inner import Engine, Tensors, choose_strategy, compiler_missing
 from metadist.inner.engine import Strategy
 from metadist.inner.memory import peak_bytes, predicted_peak_bytes
+from metadist.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -77,10 +76,8 @@ def _without_bad_blocks(experiment: Experiment) -> tuple[Experiment, dict[str, i
 
     manifest = load_manifest(Path(tasks.path))
     if tasks.left_out is None:
-        console = Console(stderr=True)
-        with Progress(console=console, transient=True, disable=not console.is_terminal) as shown:
-            bar = shown.add_task("looking for bad blocks", total=manifest.blocks)
-            bad = bad_blocks(tasks.path, lambda done, total: shown.update(bar, completed=done))
+        with Progress("looking for bad blocks,") as progress:
+            bad = bad_blocks(tasks.path, progress)
         if len(bad) > tasks.most_bad * manifest.blocks:
             some = "".join(f"\n  {why}" for why in list(bad.values())[:5])
             raise DataError(
