@@ -11,6 +11,12 @@ _T = TypeVar("_T")
 _LIVE_S, _LINE_S = 0.1, 5.0
 
 
+def left(seconds: float) -> str:
+    """What is to come, as ``3:05 left``."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d} left"
+
+
 class Progress:
     """A line that is rewritten on a terminal, one every five seconds elsewhere; nothing of what ends before that.
 
@@ -36,15 +42,11 @@ class Progress:
         if not due and not (done == total and self._spoke):
             return
         self._last, self._spoke = now, True
-        text = f"{self._verb} {done:,} of {total:,}{self._left(now, done, total)}"
+        text = f"{self._verb} {done:,} of {total:,}"
+        if 0 < done < total:
+            text += ", " + left((now - self._started) * (total - done) / done)
         self._err.write(f"\r\x1b[K{text}" if self._live else f"{text}\n")
         self._err.flush()
-
-    def _left(self, now: float, done: int, total: int) -> str:
-        if not 0 < done < total:
-            return ""
-        minutes, seconds = divmod(round((now - self._started) * (total - done) / done), 60)
-        return f", {minutes}:{seconds:02d} left"
 
     def __exit__(self, *_: object) -> None:
         if self._live and self._spoke:

@@ -164,6 +164,8 @@ class RunDirectory:
 
     def keep_restarts(self, counts: dict[str, int]) -> None:
         """Keeps how often something was lost, beside the checkpoints: those since the last one count as well."""
+        if counts == self.restarts():
+            return
         with contextlib.suppress(OSError):  # of a full disk others tell
             write_atomically(self.path / ".restarts", json.dumps(counts))
 

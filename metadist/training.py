@@ -265,7 +265,7 @@ class _Training:
     def _tell(self, text: str) -> None:
         """Says what has happened; if something was lost, that is kept at once."""
         self.trackers.message(text)
-        self.run.keep_restarts(self._totals().restarts)
+        self.run.keep_restarts(self._restarts())
 
     def _restore(self, error: ServerLostError) -> int:
         """Goes back to the newest whole checkpoint, with the workers there are; returns its version."""
@@ -464,12 +464,17 @@ class _Training:
     def _totals(self) -> Progress:
         assert self.backend is not None
         p = self.progress
-        restarts = {k: p.restarts.get(k, 0) + self.backend.restarts().get(k, 0) for k in p.restarts}
         wall = self.base_wall_s + time.perf_counter() - self.started
         releases = p.releases + (self.controller.releases if hasattr(self, "controller") else 0)
         controller = getattr(self, "controller", None)
         flow = controller.flow.state() if isinstance(controller, AsynchronousController) else None
-        return replace(p, wall_s=wall, releases=releases, restarts=restarts, flow=flow)
+        return replace(p, wall_s=wall, releases=releases, restarts=self._restarts(), flow=flow)
+
+    def _restarts(self) -> dict[str, int]:
+        """Those of all resumptions, this one's included."""
+        assert self.backend is not None
+        now = self.backend.restarts()
+        return {kind: count + now.get(kind, 0) for kind, count in self.progress.restarts.items()}
 
     # ----------------------------------------------------------------- the end
 

@@ -80,7 +80,6 @@ class RayBackend:
     Args:
         experiment: what is run, with ``engine.strategy`` decided.
         make_worker: ``make_worker(experiment, device)``, called in each worker's process.
-        transport: how gradients go to the server, if it is not the one that ``runtime.transport`` names.
 
     Raises:
         ClusterError: the cluster cannot be reached or has not the GPUs asked for.
@@ -88,12 +87,10 @@ class RayBackend:
 
     _kind: Any = _Worker
 
-    def __init__(
-        self, experiment: Experiment, make_worker: MakeWorker = MetaWorker, transport: Transport | None = None
-    ) -> None:
+    def __init__(self, experiment: Experiment, make_worker: MakeWorker = MetaWorker) -> None:
         self._experiment, self._make_worker = experiment, make_worker
         self._runtime = experiment.config.runtime
-        self._transport = transport or transport_named(self._runtime.transport)
+        self._transport = transport_named(self._runtime.transport)
         self._handles: dict[int, Handle] = {}
         self._answered: dict[int, tuple[Handle, list[ObjectRef]]] = {}
         self._membership_seen = 0.0

@@ -124,6 +124,7 @@ class RayServer:
         self, snapshot: dict[str, Any], outer: dict[str, Any], runtime: RuntimeConfig, transport: Transport
     ) -> None:
         self._transport = transport
+        self._placing: dict[str, Any] = {"num_cpus": 0, "max_restarts": 0, **transport.options}
         self.cuts = cut(outer["sizes"], runtime.server_shards)
         self._timeout_s = runtime.server_timeout_s
         self._sent: list[_Sent] = []
@@ -132,9 +133,7 @@ class RayServer:
         # come and go they stay on the driver's, without which the run would end anyway.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         spread = len(self.cuts) > 1 and not isinstance(runtime.workers, WorkersRange)
-        where = {
-            "num_cpus": 0, "max_restarts": 0, "scheduling_strategy": "SPREAD" if spread else here, **transport.options
-        }  # fmt: skip
+        where = {**self._placing, "scheduling_strategy": "SPREAD" if spread else here}
         self._shards: list[ActorHandle] = []
         for a, z in self.cuts:
             part, options = part_of_snapshot(snapshot, a, z), part_of_options(outer, a, z)
@@ -165,9 +164,8 @@ class RayServer:
         """Sends a lease's gradients to the sums of the node they are on, which go on with :meth:`pass_on`."""
         if node not in self._node_sums:
             on_it = NodeAffinitySchedulingStrategy(node, soft=False)
-            made = _NodeSum.options(  # type: ignore[attr-defined]
-                num_cpus=0, max_restarts=0, scheduling_strategy=on_it, **self._transport.options
-            ).remote(self._transport)
+            where = {**self._placing, "scheduling_strategy": on_it}
+            made = _NodeSum.options(**where).remote(self._transport)  # type: ignore[attr-defined]
             self._node_sums[node] = _Gathering(made)
         gathering = self._node_sums[node]
         gathering.version, gathering.count = version, count

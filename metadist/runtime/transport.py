@@ -28,7 +28,7 @@ class Transport(Protocol):
     options: Mapping[str, Any]
 
     def check(self) -> None:
-        """Called once in every process at its ends.
+        """Called in each worker's process, before its first lease.
 
         Raises:
             ClusterError: it does not work there.

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from metadist.progress import left
 from metadist.tracking.base import RunInfo, Tracker
 
 _SHARES = {"accuracy"}
@@ -120,9 +121,7 @@ class ConsoleTracker(Tracker):
 
     def _left(self) -> str:
         done = self._version - self._run.start_version
-        seconds = (self._clock() - self._started) / max(done, 1) * (self._run.total_steps - self._version)
-        minutes, seconds = divmod(round(seconds), 60)
-        return f"{minutes}:{seconds:02d} left"
+        return left((self._clock() - self._started) / max(done, 1) * (self._run.total_steps - self._version))
 
     def _print_table(self, rows: list[tuple[str, str]]) -> None:
         from rich.console import Console

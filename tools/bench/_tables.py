@@ -35,6 +35,11 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str
         print("\t".join(line))
 
 
+def cells(row: dict[str, Any], columns: Sequence[str]) -> list[str]:
+    """A row's values in the order of ``columns``, numbers to three digits."""
+    return [f"{row[c]:.3g}" if isinstance(row[c], float) else str(row[c]) for c in columns]
+
+
 def keep_rows(path: Path, rows: Sequence[dict[str, Any]], setup: dict[str, Any]) -> None:
     """Writes ``{"rows": [...], "setup": {...}}``, and makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,7 @@ from metadist.config.schema import RuntimeConfig  # noqa: E402
 from metadist.runtime.cluster import connect  # noqa: E402
 from metadist.runtime.leases import equal_shares  # noqa: E402
 from metadist.runtime.pace import Pace  # noqa: E402
-from tools.bench._tables import keep_rows, show_table  # noqa: E402
+from tools.bench._tables import cells, keep_rows, show_table  # noqa: E402
 from tools.bench.distribution_parts.emulated import EmulatedRun, OneSlowWorker  # noqa: E402
 from tools.bench.distribution_parts.simulator import Costs, simulated_step  # noqa: E402
 
@@ -136,10 +136,6 @@ def straggler(seconds: float, steps: int, slow_by: float, each: int, rounds: int
         "plain_ms": 1e3 * plain, "equal_ms": 1e3 * equal, "ms_per_step": 1e3 * ours, "ratio_to_plain": ours / plain,
         "ratio_to_equal": ours / statistics.median(times["equal"]), "releases": releases, "steps": steps * rounds,
     }  # fmt: skip
-
-
-def cells(row: dict[str, Any], columns: Sequence[str]) -> list[str]:
-    return [f"{row[c]:.3g}" if isinstance(row[c], float) else str(row[c]) for c in columns]
 
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:

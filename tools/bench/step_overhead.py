@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ sys.path.insert(0, str(ROOT))  # for tools.bench, from wherever this is run, and
 
 from metadist.config.schema import RuntimeConfig  # noqa: E402
 from metadist.runtime.cluster import connect  # noqa: E402
-from tools.bench._tables import keep_rows, show_table  # noqa: E402
+from tools.bench._tables import cells, keep_rows, show_table  # noqa: E402
 from tools.bench.distribution_parts.emulated import EmulatedRun, gradient, numbers  # noqa: E402
 from tools.bench.distribution_parts.peers import Example  # noqa: E402
 
@@ -138,10 +138,6 @@ def layer_of(lines: list[dict[str, Any]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def cells(row: dict[str, Any], columns: Sequence[str] = COLUMNS) -> list[str]:
-    return [f"{row[c]:.3g}" if isinstance(row[c], float) else str(row[c]) for c in columns]
-
-
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -185,7 +181,7 @@ def main(words: list[str] | None = None) -> None:
         if options.json:
             keep_rows(options.json, rows, setup)
         print(f"{model} with {workers} workers: {rows[-1]['ms_per_step']:.3g} ms a step", file=sys.stderr, flush=True)
-    show_table(COLUMNS, [cells(row) for row in rows], words=0)
+    show_table(COLUMNS, [cells(row, COLUMNS) for row in rows], words=0)
 
 
 if __name__ == "__main__":
