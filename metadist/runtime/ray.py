@@ -115,6 +115,10 @@ class RayBackend:
         self._experiment_ref, self._outer = ray.put(self._experiment), outer
         self._server = RayServer(snapshot, outer, self._runtime, self._transport)
         self._begin(self._runtime.workers.min if isinstance(self._runtime.workers, WorkersRange) else 1)
+        try:
+            self.server.wait()
+        except ServerLostError as e:
+            self.restore(snapshot, e)
 
     def _begin(self, wanted: int) -> None:
         """Asks for all workers, and waits until ``wanted`` of them are ready."""
@@ -198,15 +202,25 @@ class RayBackend:
         return self.server.snapshot()
 
     def restore(self, snapshot: dict[str, Any], error: ServerLostError) -> None:
-        self._note("server", error.problem)
         self._answered.clear()
-        self._place_server(snapshot)
+        lost: ServerLostError | None = error
+        while lost is not None:
+            self._note("server", lost.problem)
+            try:
+                self._place_server(snapshot)
+                lost = None
+            except ServerLostError as again:
+                lost = again
 
     def _place_server(self, snapshot: dict[str, Any]) -> None:
-        """Puts a server in the place of the one there is; leases that are out are answered for nothing."""
+        """Puts a server in the place of the one there is; leases that are out are answered for nothing.
+
+        It has started when this returns: workers that wait for its weights would be taken to hang.
+        """
         self.server.close()
         self._unwanted = {lease.number for h in self._handles.values() for lease, _ in h.answers.values()}
         self._server = RayServer(snapshot, self._outer, self._runtime, self._transport)
+        self._server.wait()
 
     def _move_server(self) -> None:
         """Away from nodes that are being drained, where nothing new is placed."""

@@ -28,13 +28,17 @@ from metadist.runtime.transport import Transport
 from metadist.server import ParameterServer
 from metadist.worker import Lease
 
+_START_TIMEOUT_S = 60.0
+
 
 @ray.remote
 class _Shard:
     def __init__(self, snapshot: dict[str, Any], options: dict[str, Any], threads: int, transport: Transport) -> None:
         self._server, self._transport = ParameterServer.at(snapshot, options, threads), transport
 
-    def node(self) -> str:
+    def ready(self) -> str:
+        """The node it is on."""
+        self._transport.check()
         return str(ray.get_runtime_context().get_node_id())
 
     def weights(self) -> np.ndarray:
@@ -141,8 +145,16 @@ class RayServer:
                 part, options, runtime.threads_per_worker, transport
             )
             self._shards.append(made)
+        self._nodes: list[ObjectRef] = [shard.ready.remote() for shard in self._shards]
         self.weights: list[ObjectRef] = [shard.weights.remote() for shard in self._shards]
-        self._nodes: list[ObjectRef] = [shard.node.remote() for shard in self._shards]
+
+    def wait(self) -> None:
+        """Waits until it has started, which may take longer than any later answer.
+
+        Raises:
+            ServerLostError: it did not.
+        """
+        self._got(self._nodes, max(_START_TIMEOUT_S, self._timeout_s))
 
     def add(
         self,
@@ -229,7 +241,7 @@ class RayServer:
             try:
                 ray.get(ref, timeout=self._timeout_s)
             except GetTimeoutError as e:
-                raise self._silent() from e
+                raise self._silent(self._timeout_s) from e
             except RayTaskError as e:
                 if not isinstance(cause_of(e), RayError):
                     raise cause_of(e) from e
@@ -239,18 +251,19 @@ class RayServer:
                 return True
         return False
 
-    def _got(self, refs: Any) -> Any:
+    def _got(self, refs: Any, timeout_s: float | None = None) -> Any:
+        timeout_s = timeout_s or self._timeout_s
         try:
-            return ray.get(refs, timeout=self._timeout_s)
+            return ray.get(refs, timeout=timeout_s)
         except GetTimeoutError as e:
-            raise self._silent() from e
+            raise self._silent(timeout_s) from e
         except RayTaskError as e:
             raise cause_of(e) from e
         except RayError as e:
             raise server_is_gone(e) from e
 
-    def _silent(self) -> ServerLostError:
-        return ServerLostError("parameter server", f"has not answered for {self._timeout_s:g} s")
+    def _silent(self, seconds: float) -> ServerLostError:
+        return ServerLostError("parameter server", f"has not answered for {seconds:g} s")
 
 
 def server_is_gone(error: RayError) -> ServerLostError:

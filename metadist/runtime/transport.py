@@ -28,7 +28,7 @@ class Transport(Protocol):
     options: Mapping[str, Any]
 
     def check(self) -> None:
-        """Called in each worker's process, before its first lease.
+        """Called in the process of each worker, and of each shard of the server, before it has anything to do.
 
         Raises:
             ClusterError: it does not work there.

@@ -27,7 +27,8 @@ from tests.conftest import ROOT
 from tests.faults import SERVERS, WORKERS, actors_of, alive, state_of, steps_of
 from tests.ray.several_nodes import cluster
 
-STEPS, EVERY, LEASE_TIMEOUT_S = 150, 10, 3.0
+# After the last fault there is time for everything to start again and for silence to be noticed.
+STEPS, LAST_FAULT, EVERY, LEASE_TIMEOUT_S = 250, 100, 10, 3.0
 CONFIG = ROOT / "configs" / "omniglot_5way1shot_maml.yaml"
 OPTIONS = {
     "outer.steps": STEPS, "outer.schedule": "constant", "outer.meta_batch_size": 6, "outer.tasks_per_microbatch": 2,
@@ -77,7 +78,7 @@ class History:
 def schedule(seed: int, faults: int, kinds: Sequence[str] = KINDS) -> list[Fault]:
     """Faults of a history, in the order of their steps."""
     rng = random.Random(seed)
-    steps = sorted(rng.sample(range(5, STEPS - 50), faults))
+    steps = sorted(rng.sample(range(5, LAST_FAULT), faults))
     return [Fault(rng.choice(kinds), step) for step in steps]
 
 
@@ -127,7 +128,7 @@ class Disturbed:
         """Goes on, and waits until it has said from where; returns that step."""
         since = time.monotonic()
         self.process = self._start(["resume", str(self.run_dir)], cut_write)
-        self._resumed_at = int(self._heard(since, r"150 steps(?: from step (\d+))?,")[1] or 0)
+        self._resumed_at = int(self._heard(since, rf"{STEPS} steps(?: from step (\d+))?,")[1] or 0)
         return self._resumed_at
 
     def _heard(self, since: float, pattern: str) -> tuple[float, str | None]:
@@ -214,7 +215,7 @@ class Disturbed:
         _until(lambda: state_of(pid) == "T", "a signal stops the worker")
         before, took = steps_of(self.run_dir), None
         # One step more can have been finished before the signal; where nobody else is ready, nobody can take over.
-        alone = self._ready_workers() < 2
+        alone = self._last_line()["workers"] < 2
         while took is None and not alone or time.monotonic() - since < seconds:
             if took is None and steps_of(self.run_dir) >= before + 2:
                 took = time.monotonic() - since
@@ -225,11 +226,15 @@ class Disturbed:
         os.kill(pid, signal.SIGCONT)
         return took or 0.0, 0
 
-    def _ready_workers(self) -> int:
+    def _last_line(self) -> dict[str, Any]:
         whole, _, _ = (self.run_dir / "metrics.jsonl").read_text().rpartition("\n")
-        return int(json.loads(whole.splitlines()[-1])["workers"])
+        return dict(json.loads(whole.splitlines()[-1]))
 
     def _stop_worker(self, rng: random.Random) -> tuple[float, int]:
+        # Before its first answer a worker has six times as long, and the others may be done by then: all have answered.
+        self.wait_for_step(self._resumed_at + 2)
+        everybody = self._options["runtime.workers"]
+        _until(lambda: len(self._last_line()["worker_s"]) == everybody, "all workers answer")
         pid, since = self._actor(WORKERS, rng), time.monotonic()
         os.kill(pid, signal.SIGSTOP)
         _until(lambda: state_of(pid) == "T", "a signal stops the worker")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.harness import KINDS, NODE, STEPS, History, history, schedule, table
+from tests.chaos.harness import KINDS, LAST_FAULT, NODE, History, history, schedule, table
 
 A_HISTORY = 5
 
@@ -43,4 +43,4 @@ def test_histories_are_drawn_from_their_seed_and_hold_every_kind() -> None:
     assert schedule(3, 5) == schedule(3, 5) != schedule(4, 5)
     drawn = [fault for seed in range(40) for fault in schedule(seed, 5)]
     assert {f.kind for f in drawn} == set(KINDS) and NODE not in KINDS
-    assert all(5 <= f.step < STEPS - 50 for f in drawn)
+    assert all(5 <= f.step < LAST_FAULT for f in drawn)

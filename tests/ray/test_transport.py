@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from metadist.cli import main
 from metadist.errors import ClusterError
 from metadist.runtime.transport import Gradients, Nixl, ObjectStore, transport_named
+from tests.faults import SERVERS, struck
 from tests.ray.test_same_answer_anywhere import CONFIG, LOCAL, run, words
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -52,6 +53,21 @@ class LosesOnce:
         return gradients
 
 
+class SlowAtTheFourth(ObjectStore):
+    """What asks fourth waits long before it starts: with two workers and a server that is the server after it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def check(self) -> None:
+        """Leaves a file for each that has asked."""
+        import time
+
+        seen = len(list(self.folder.glob("checked-*")))
+        time.sleep(6 if seen == 3 else 0)
+        (self.folder / f"checked-{seen}").touch()
+
+
 @pytest.fixture(scope="module")
 def wanted(omniglot_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(run(omniglot_shards, tmp_path_factory.mktemp("local") / "run", **LOCAL, **FEW)["meta_params_sha256"])
@@ -68,8 +84,21 @@ def test_what_a_transport_loses_is_computed_again(omniglot_shards, wanted, tmp_p
     result = CliRunner().invoke(main, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     assert "leases were lost" in result.output, "the fault was not seen to fire"
-    assert len(list(folder.glob("checked-*"))) == 2, "each worker is asked whether it works there"
+    assert len(list(folder.glob("checked-*"))) == 3, "each worker and the server are asked whether it works there"
     assert wanted in (tmp_path / "run" / "summary.json").read_text()
+
+
+@pytest.mark.usefixtures("cluster")
+def test_workers_are_not_taken_to_hang_while_a_server_is_restored(omniglot_shards, wanted, tmp_path, monkeypatch):
+    folder = tmp_path / "marks"
+    folder.mkdir()
+    monkeypatch.setattr("metadist.runtime.ray.transport_named", lambda name: SlowAtTheFourth(folder))
+    two = {"runtime.type": "ray", "runtime.workers": 2, "runtime.lease_timeout_s": 3}
+    with struck(tmp_path / "run", 3, SERVERS) as lost:
+        summary = run(omniglot_shards, tmp_path / "run", **FEW, **two)
+    assert lost and len(list(folder.glob("checked-*"))) == 4, "the server after it was not slow"
+    assert summary["restarts"] == {"worker": 0, "server": 1, "driver": 0}
+    assert summary["meta_params_sha256"] == wanted
 
 
 @pytest.mark.skipif(importlib.util.find_spec("nixl") is None, reason="the package nixl is not installed")
