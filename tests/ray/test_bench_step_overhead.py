@@ -37,7 +37,7 @@ def test_all_sides_agree_and_a_row_is_whole(capsys: pytest.CaptureFixture[str], 
     (row,) = found["rows"]
     assert {"model_mb", "workers", "ms_per_step", "speedup_over_ray_example"} <= row.keys()
     assert row["workers"] == 1 and row["server_shards"] == 2 and row["model_mb"] == pytest.approx(0.45, abs=0.01)
-    assert all(row[k] > 0 for k in row)
+    assert all(row[k] > 0 for k in row), "the processes of both sides live together here"
     assert "speedup_over_ray_example" in capsys.readouterr().out
 
 
@@ -50,6 +50,9 @@ class Still:
     def step(self) -> None: ...
 
     def empty_step(self) -> None: ...
+
+    def all_reduce(self, times: int) -> np.ndarray:
+        return gradient(numbers("conv4"), 0)[:1000]
 
     def weights(self) -> np.ndarray:
         return np.full(5, self.moved)
@@ -68,9 +71,26 @@ def test_a_side_that_computes_something_else_is_not_timed(monkeypatch) -> None:
 
     monkeypatch.setattr(step_overhead, "EmulatedRun", side(0.0))
     monkeypatch.setattr(step_overhead, "Example", side(1e-3))
-    with pytest.raises(AssertionError, match="Not equal to tolerance"):
-        step_overhead.compare("conv4", 1, 1, 0.01)
-    assert len(made) == 2 and all(s.closed for s in made)
+    for together in (True, False):
+        with pytest.raises(AssertionError, match="Not equal to tolerance"):
+            step_overhead.compare("conv4", 1, 1, 0.01, together=together)
+    assert len(made) == 4 and all(s.closed for s in made)
+
+
+def test_sides_that_do_not_fit_into_memory_together_live_one_after_another(monkeypatch) -> None:
+    made: list[Still] = []
+    most = [0]
+
+    def side(*a, **k) -> Still:
+        made.append(Still(*a, **k))
+        most[0] = max(most[0], sum(not s.closed for s in made))
+        return made[-1]
+
+    monkeypatch.setattr(step_overhead, "EmulatedRun", side)
+    monkeypatch.setattr(step_overhead, "Example", side)
+    monkeypatch.setattr(step_overhead, "memory_for_both", lambda model, workers: False)
+    row = step_overhead.compare("conv4", 1, 3, 0.01)
+    assert row["together"] == 0 and most[0] == 1 and len(made) == 2 * 3 and all(s.closed for s in made)
 
 
 def test_sides_take_turns() -> None:

@@ -1,7 +1,7 @@
 """What the distributed layer costs: the time of a meta-update whose microbatches cost nothing to compute.
 
 Workers answer at once with gradients made before; leases, object store, sum, update and commit are the real ones.
-Beside it, in the same processes and in turns:
+Beside it, in turns, with the processes of all living at once where memory has room for them:
 
 - the pattern of Ray's parameter-server example: state dicts and lists of arrays (``speedup_over_ray_example``),
 - Ray calls of the same number that carry nothing (``ratio_to_empty_calls``),
@@ -16,6 +16,7 @@ which is the step less what the busiest of them computed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import itertools
 import json
@@ -27,7 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import ray
@@ -48,31 +49,44 @@ RUN = ("config", "workers", "steps", "ms_per_step", "computed_ms", "layer_ms", "
 WARM_UP, RUN_WARM_UP = 3, 20
 
 
-def compare(model: str, workers: int, rounds: int, turn_s: float, shards: int = 1) -> dict[str, Any]:
+def compare(
+    model: str, workers: int, rounds: int, turn_s: float, shards: int = 1, together: bool | None = None
+) -> dict[str, Any]:
     """One row: every side of a model and a number of workers, in turns.
+
+    Args:
+        model: see :func:`~tools.bench.distribution_parts.emulated.shapes`.
+        workers: of each side.
+        rounds: turns of each side.
+        turn_s: seconds of a turn.
+        shards: of the parameter server.
+        together: whether the processes of both sides live at once; else those of each begin anew with every turn.
+            None: if there is memory for both.
 
     Raises:
         AssertionError: they do not compute the same.
     """
-    ours, example = EmulatedRun(model, workers, shards=shards), Example(model, workers)
-    try:
-        for _ in range(WARM_UP):
-            ours.step()
-            example.step()
-            example.empty_step()
-        np.testing.assert_allclose(ours.weights(), example.flat_weights(), rtol=1e-4, atol=1e-6)
-        total = sum(gradient(numbers(model), m)[:1000].astype(np.float64) for m in range(workers))
-        np.testing.assert_allclose(example.all_reduce(1), total, rtol=1e-4, atol=1e-5)
-        sides: dict[str, Callable[[int], Any]] = {
-            "ours": lambda n: [ours.step() for _ in range(n)],
-            "example": lambda n: [example.step() for _ in range(n)],
-            "empty": lambda n: [example.empty_step() for _ in range(n)],
-            "all_reduce": example.all_reduce,
-        }
-        found = in_turns(sides, rounds, turn_s)
-    finally:
-        ours.close()
-        example.close()
+    together = memory_for_both(model, workers) if together is None else together
+    makers: list[Callable[[], Side]] = [
+        lambda: Ours(EmulatedRun(model, workers, shards=shards)),
+        lambda: Theirs(Example(model, workers), model, workers),
+    ]
+    found: dict[str, list[float]] = {}
+    weights: dict[int, np.ndarray] = {}
+    for life in range(1 if together else rounds):
+        for group in [[0, 1]] if together else [[life % 2], [1 - life % 2]]:
+            with contextlib.ExitStack() as stack:
+                there = []
+                for i in group:
+                    there.append(makers[i]())
+                    stack.callback(there[-1].close)
+                for i, side in zip(group, there, strict=True):
+                    weights[i] = side.warmed_up()
+                if len(weights) == 2:
+                    np.testing.assert_allclose(weights[0], weights[1], rtol=1e-4, atol=1e-6)
+                sides = {name: timed for side in there for name, timed in side.sides().items()}
+                for name, times in in_turns(sides, rounds if together else 1, turn_s).items():
+                    found.setdefault(name, []).extend(times)
     ms = {name: 1e3 * statistics.median(times) for name, times in found.items()}
     speedups = [b / a for a, b in zip(found["ours"], found["example"], strict=True)]
     return {
@@ -80,8 +94,68 @@ def compare(model: str, workers: int, rounds: int, turn_s: float, shards: int = 
         "ms_per_step": ms["ours"], "ray_example_ms": ms["example"], "empty_calls_ms": ms["empty"],
         "all_reduce_ms": ms["all_reduce"], "speedup_over_ray_example": statistics.median(speedups),
         "ratio_to_empty_calls": statistics.median(a / b for a, b in zip(found["ours"], found["empty"], strict=True)),
-        "rounds": rounds,
+        "rounds": rounds, "together": int(together),
     }  # fmt: skip
+
+
+def memory_for_both(model: str, workers: int) -> bool:
+    """Whether the processes of both sides find room: each worker holds the model about three times."""
+    needed = 2 * workers * (350e6 + 3 * 4 * numbers(model))
+    # Above 95 % of the machine's memory Ray ends processes.
+    return needed < 0.8 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+class Side(Protocol):
+    """Processes that are timed."""
+
+    def warmed_up(self) -> np.ndarray:
+        """Makes the steps that do not count; the weights after them."""
+
+    def sides(self) -> dict[str, Callable[[int], Any]]:
+        """What is timed, by name: each makes so many steps."""
+
+    def close(self) -> None:
+        """Ends them."""
+
+
+class Ours:
+    """The distributed layer."""
+
+    def __init__(self, run: EmulatedRun) -> None:
+        self._run, self.close = run, run.close
+
+    def warmed_up(self) -> np.ndarray:
+        for _ in range(WARM_UP):
+            self._run.step()
+        return self._run.weights()
+
+    def sides(self) -> dict[str, Callable[[int], Any]]:
+        return {"ours": lambda n: [self._run.step() for _ in range(n)]}
+
+
+class Theirs:
+    """What it is compared with."""
+
+    def __init__(self, example: Example, model: str, workers: int) -> None:
+        self._example, self.close = example, example.close
+        self._model, self._workers = model, workers
+
+    def warmed_up(self) -> np.ndarray:
+        for _ in range(WARM_UP):
+            self._example.step()
+            self._example.empty_step()
+        weights = self._example.flat_weights()
+        length = numbers(self._model)
+        total = sum(gradient(length, m)[:1000].astype(np.float64) for m in range(self._workers))
+        np.testing.assert_allclose(self._example.all_reduce(1), total, rtol=1e-4, atol=1e-5)
+        return weights
+
+    def sides(self) -> dict[str, Callable[[int], Any]]:
+        return {
+            "example": lambda n: [self._example.step() for _ in range(n)],
+            "empty": lambda n: [self._example.empty_step() for _ in range(n)],
+            "all_reduce": self._example.all_reduce,
+        }
 
 
 def in_turns(sides: dict[str, Callable[[int], Any]], rounds: int, turn_s: float) -> dict[str, list[float]]:
