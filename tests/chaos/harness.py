@@ -204,7 +204,7 @@ class Disturbed:
         pid, since = self._actor(WORKERS, rng), time.monotonic()
         os.kill(pid, signal.SIGKILL)
         took, _ = self._heard(since, r"worker \d+ died")
-        assert not alive(pid)
+        _until(lambda: not alive(pid), "a killed worker is gone")
         return took, 0
 
     def _pause_worker(self, rng: random.Random) -> tuple[float, int]:
