@@ -233,7 +233,7 @@ def _draw_curves(axes: Axes, curves: list[Curve]) -> None:
     axes.set_yscale("log")
     axes.set(xlabel="gradient steps", ylabel="mean squared error", xticks=range(STEPS + 1))
     axes.set_title(f"{curves[0].errors.shape[1]} held-out waves, mean and 95 % interval (oracle: 0)", fontsize=9)
-    axes.legend(frameon=False, fontsize=8, ncols=2)
+    axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12))
 
 
 def _draw_wave(axes: Axes, learners: dict[str, md.Learner], points: int, wave: int, rate: float) -> None:
