@@ -203,14 +203,13 @@ class RayBackend:
 
     def restore(self, snapshot: dict[str, Any], error: ServerLostError) -> None:
         self._answered.clear()
-        lost: ServerLostError | None = error
-        while lost is not None:
-            self._note("server", lost.problem)
+        while True:
+            self._note("server", error.problem)
             try:
                 self._place_server(snapshot)
-                lost = None
+                return
             except ServerLostError as again:
-                lost = again
+                error = again
 
     def _place_server(self, snapshot: dict[str, Any]) -> None:
         """Puts a server in the place of the one there is; leases that are out are answered for nothing.

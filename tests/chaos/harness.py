@@ -209,10 +209,8 @@ class Disturbed:
 
     def _pause_worker(self, rng: random.Random) -> tuple[float, int]:
         self.wait_for_step(self._resumed_at + 2)  # this life of the run has workers
-        pid, seconds = self._actor(WORKERS, rng), rng.uniform(0.5, 2.0)
-        since = time.monotonic()
-        os.kill(pid, signal.SIGSTOP)
-        _until(lambda: state_of(pid) == "T", "a signal stops the worker")
+        pid, since = self._stopped_worker(rng)
+        seconds = rng.uniform(0.5, 2.0)
         before, took = steps_of(self.run_dir), None
         # One step more can have been finished before the signal; where nobody else is ready, nobody can take over.
         alone = self._last_line()["workers"] < 2
@@ -226,6 +224,13 @@ class Disturbed:
         os.kill(pid, signal.SIGCONT)
         return took or 0.0, 0
 
+    def _stopped_worker(self, rng: random.Random) -> tuple[int, float]:
+        """A worker that a signal has stopped, and when it was sent."""
+        pid, since = self._actor(WORKERS, rng), time.monotonic()
+        os.kill(pid, signal.SIGSTOP)
+        _until(lambda: state_of(pid) == "T", "a signal stops the worker")
+        return pid, since
+
     def _last_line(self) -> dict[str, Any]:
         whole, _, _ = (self.run_dir / "metrics.jsonl").read_text().rpartition("\n")
         return dict(json.loads(whole.splitlines()[-1]))
@@ -235,9 +240,7 @@ class Disturbed:
         self.wait_for_step(self._resumed_at + 2)
         everybody = self._options["runtime.workers"]
         _until(lambda: len(self._last_line()["worker_s"]) == everybody, "all workers answer")
-        pid, since = self._actor(WORKERS, rng), time.monotonic()
-        os.kill(pid, signal.SIGSTOP)
-        _until(lambda: state_of(pid) == "T", "a signal stops the worker")
+        pid, since = self._stopped_worker(rng)
         took, _ = self._heard(since, r"worker \d+ died \(silent")
         _until(lambda: not alive(pid), "a stopped worker is ended")
         return took, 0
