@@ -105,6 +105,7 @@ class RayBackend:
         self._server: RayServer | None = None
         self._started_here = connect(self._runtime)
         self._here = ray.get_runtime_context().get_node_id()
+        self._ending = False
         try:
             self._workers, self._gpus = plan_workers(self._runtime, ray.cluster_resources())
         except MetadistError:
@@ -194,7 +195,8 @@ class RayBackend:
     def commit(self, version: int, tasks: float, slots: Sequence[int] | None = None) -> dict[str, float]:
         result = self.server.commit(version, tasks, slots)
         # In updates that do not wait, gradients are on their way at any time.
-        if self._draining and not self._runtime.max_staleness and self._draining & self.server.nodes():
+        moves = not self._ending and not self._runtime.max_staleness
+        if moves and self._draining & self.server.nodes():
             self._move_server()
         return result
 
@@ -302,7 +304,8 @@ class RayBackend:
 
         The server leaves with the next commit.
 
-        If the driver's own node is one of them, the run is stopped as by SIGTERM: it can be resumed elsewhere.
+        If the driver's own node is one of them, the run is stopped as by SIGTERM: it can be resumed elsewhere. All stay
+        where they are then, for the step that is the last.
         """
         now = time.monotonic()
         if now - self._membership_seen < _MEMBERSHIP_S:
@@ -310,8 +313,9 @@ class RayBackend:
         self._membership_seen = now
         self._draining = draining = draining_nodes()
         if self._here in draining:
-            self._here = ""
-            signal.raise_signal(signal.SIGTERM)
+            if not self._ending:
+                self._ending = True
+                signal.raise_signal(signal.SIGTERM)
             return []
         events, self._moved = self._moved, []
         for number, handle in list(self._handles.items()):
