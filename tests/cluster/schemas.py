@@ -1,4 +1,4 @@
-"""JSON schemas of what Kubernetes takes: its own, and KubeRay's from ``kuberay_fields.yaml``. Unknown fields are errors."""
+"""JSON schemas of what Kubernetes takes: its own, and KubeRay's from ``kuberay_fields.yaml``; no unknown fields."""
 
 from __future__ import annotations
 

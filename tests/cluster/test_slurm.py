@@ -166,7 +166,7 @@ def test_ray_is_started_on_every_node_then_the_run_then_everything_is_stopped(jo
     assert config.runtime.workers == "auto" and config.outer.steps == 50
     assert str(params["run_dir"]) == "/shared/runs/one" and params["resume_if_exists"] is True
     assert calls[: calls.index(driver)].count("joined") == 3, "the run waits for every node"
-    assert calls.index(head) < calls.index(next(c for c in calls if "health-check" in c)) < calls.index(others)
+    assert calls.index(head) < calls.index("joined") < calls.index(others), "the others come when the head answers"
     after = calls[calls.index(driver) :]
     assert after.count("stopped") == 3 and after[-1] == cleaning and "--ntasks=3 rm -rf /tmp/ray-4242" in cleaning
     assert not any("requeue" in c for c in calls)
@@ -179,7 +179,7 @@ def test_before_the_time_limit_the_run_is_stopped_and_the_job_goes_back_into_the
     calls = run.calls()
     assert status == 143, said
     order = ["driver got TERM", "driver ended", "scontrol requeue 4242", "stopped"]
-    assert [c for c in dict.fromkeys(calls) if c in order] == order, "Ray outlives the driver, which writes a checkpoint"
+    assert [c for c in dict.fromkeys(calls) if c in order] == order, "Ray outlives the driver"
     assert calls.count("stopped") == 3
 
 
@@ -202,9 +202,10 @@ def test_the_queue_is_left_alone_on_request_and_when_the_run_had_ended(job: Call
 
 
 @pytest.mark.parametrize(
-    "fault, says", [("head", "Ray's head ended"), ("node", "all 3 nodes: not there after METADIST_PATIENCE_S (4) seconds")]
+    "fault, says",
+    [("head", "Ray's head ended"), ("node", "all 3 nodes: not there after METADIST_PATIENCE_S (4) seconds")],
 )
-def test_a_cluster_that_does_not_come_up_is_named_and_taken_down(job: Callable[..., Job], fault: str, says: str) -> None:
+def test_a_cluster_that_does_not_come_up_is_taken_down(job: Callable[..., Job], fault: str, says: str) -> None:
     run = job(fault=fault, METADIST_PATIENCE_S="4").start(CONFIG, "/shared/runs/one")
     status, said = run.end()
     assert status == 1 and says in said, said
@@ -263,7 +264,7 @@ def test_a_real_run_across_two_real_nodes_of_ray(tmp_path: Path) -> None:
                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
 
     def ours() -> list[str]:
-        listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout.splitlines()
+        listed = subprocess.run(["ps", "-ewwo", "args"], capture_output=True, text=True).stdout.splitlines()
         return [line for line in listed if f"/tmp/ray-{os.getpid()}" in line]
 
     first = start()
@@ -290,5 +291,6 @@ def test_a_real_run_across_two_real_nodes_of_ray(tmp_path: Path) -> None:
         assert not ours() and not Path(f"/tmp/ray-{os.getpid()}").exists()
     finally:
         if first.poll() is None:
-            os.killpg(first.pid, signal.SIGKILL)
+            first.terminate()
+            first.communicate(timeout=120)
         shutil.rmtree(f"/tmp/ray-{os.getpid()}", ignore_errors=True)
