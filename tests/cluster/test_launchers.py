@@ -6,6 +6,8 @@ import copy
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,39 @@ def test_amazon_takes_the_nodes() -> None:
     assert "InstanceMarketOptions" not in types["head"]["node_config"], "the head is on demand"
 
 
+def test_ray_launches_the_nodes_of_amazon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's own code for AWS, from the file to instances that run, with a stand-in for the cloud."""
+    import boto3
+    from moto import mock_aws
+    from ray.autoscaler._private.aws.config import bootstrap_aws
+    from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+
+    for name, value in {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_DEFAULT_REGION": "us-west-2",
+                        "MOTO_IAM_LOAD_MANAGED_POLICIES": "true", "HOME": str(tmp_path)}.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    (tmp_path / ".ssh").mkdir()
+    with mock_aws():
+        iam, ec2 = boto3.client("iam"), boto3.client("ec2")
+        # Ray makes it itself, and waits 15 seconds then.
+        ray_role = "ray-autoscaler-v1"
+        iam.create_role(RoleName=ray_role, AssumeRolePolicyDocument="{}")
+        iam.create_instance_profile(InstanceProfileName=ray_role)
+        iam.add_role_to_instance_profile(InstanceProfileName=ray_role, RoleName=ray_role)
+        config = check(read("aws"))
+        for node in config["available_node_types"].values():
+            assert re.fullmatch(r"ami-0{17}", node["node_config"]["ImageId"]), "to be filled in"
+            node["node_config"]["ImageId"] = ec2.describe_images()["Images"][0]["ImageId"]
+        config = AWSNodeProvider.fillout_available_node_types_resources(bootstrap_aws(config))
+        resources = {name: node["resources"] for name, node in config["available_node_types"].items()}
+        assert resources["head"] == {"CPU": 0} and resources["gpu"]["GPU"] == 1 and resources["gpu"]["CPU"] == 8
+        provider = AWSNodeProvider(config["provider"], config["cluster_name"])
+        for name, node in config["available_node_types"].items():
+            provider.create_node(dict(node["node_config"]), {"ray-user-node-type": name}, 1)
+        listed = [i for r in ec2.describe_instances()["Reservations"] for i in r["Instances"]]
+        assert {i["InstanceType"]: i.get("InstanceLifecycle") for i in listed} == {
+            "m5.xlarge": None, "g5.2xlarge": "spot"}  # fmt: skip
+
+
 def test_google_takes_the_nodes() -> None:
     types = read("gcp")["available_node_types"]
     for node in types.values():
@@ -146,9 +181,6 @@ def test_what_is_installed_is_what_was_tested(name: str) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_shell_lines_are_sound(name: str, tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
     config = read(name)
     kinds = ("setup_commands", "head_start_ray_commands", "worker_start_ray_commands")
     script = tmp_path / "lines.sh"
