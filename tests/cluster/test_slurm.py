@@ -5,6 +5,7 @@ Slurm's programs are stand-ins that run the commands here; in the slow test Ray 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -65,7 +66,7 @@ esac
 """
 METADIST = r"""#!/usr/bin/env bash
 echo "metadist $*" >> "$CALLS"
-trap 'echo "driver got TERM" >> "$CALLS"; sleep 0.3; echo "driver ended" >> "$CALLS"; exit 143' TERM
+trap 'echo "driver got TERM" >> "$CALLS"; sleep 0.3; echo "driver ended" >> "$CALLS"; exit ${ON_TERM:-143}' TERM
 until [[ -e $STATE/finish ]]; do sleep 0.05; done
 exit "$(cat "$STATE/finish")"
 """
@@ -120,7 +121,8 @@ class Job:
         return self.calls_file.read_text().splitlines()
 
     def close(self) -> None:
-        if self.process.poll() is None:
+        """Leaves nothing behind, also where the script did."""
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
 
 
@@ -194,10 +196,12 @@ def test_a_job_that_is_cancelled_stops_likewise_and_is_not_queued_again(job: Cal
 
 def test_the_queue_is_left_alone_on_request_and_when_the_run_had_ended(job: Callable[..., Job]) -> None:
     asked = job(nodes=1, METADIST_REQUEUE="0").begin()
-    asked.process.send_signal(signal.SIGUSR1)
+    in_time = job(nodes=1, job_id=6, ON_TERM="0").begin()
+    for run in (asked, in_time):
+        run.process.send_signal(signal.SIGUSR1)
     failed = job(nodes=1, job_id=7).begin().finish(1)
-    assert asked.end()[0] == 143 and failed.end()[0] == 1
-    assert not any("requeue" in c for run in (asked, failed) for c in run.calls())
+    assert [run.end()[0] for run in (asked, in_time, failed)] == [143, 0, 1]
+    assert not any("requeue" in c for run in (asked, in_time, failed) for c in run.calls())
     assert failed.calls().count("stopped") == 1
 
 
