@@ -21,6 +21,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
@@ -109,10 +111,13 @@ def trace(fn: Callable[..., Any], flat: list[Tensor], spec: pytree.TreeSpec) -> 
         trees.append(tree)
         return leaves
 
-    graph = make_fx(flattened)(*flat)
-    if any(_mutable(n.target) for n in graph.graph.nodes):
-        # Only now, as autograd functions of one's own cannot be made functional while they are traced.
-        graph = make_fx(functionalize(graph, remove="mutations"))(*flat)
+    # The tracer notes each value's shape in a fake tensor. Left to itself it makes a mode for each, which takes half of
+    # the time; a tracing context's it takes for all.
+    with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
+        graph = make_fx(flattened)(*flat)
+        if any(_mutable(n.target) for n in graph.graph.nodes):
+            # Only now, as autograd functions of one's own cannot be made functional while they are traced.
+            graph = make_fx(functionalize(graph, remove="mutations"))(*flat)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph, trees[-1]
