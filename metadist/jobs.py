@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from metadist.errors import ClusterError, ConfigError, first_line
+from metadist.runtime.cluster import token_refusal
 
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 """Ray's own, in the order in which it looks at them."""
@@ -130,7 +131,7 @@ class Jobs:
             if job is not None and "does not exist" in str(e):
                 mend = f"see `metadist submit status --all --address {self.address}`"
                 raise ClusterError(job, f"is no job of {self.address}", mend) from e
-            raise _refusal(self.address, e) or ClusterError(self.address, f"{failure} ({first_line(e)})") from e
+            raise token_refusal(self.address, e) or ClusterError(self.address, f"{failure} ({first_line(e)})") from e
 
 
 def _check_reachable(address: str) -> None:
@@ -163,7 +164,7 @@ def _client(address: str) -> Any:
         with _without(ADDRESS_VARIABLES):  # Ray would take them in place of an address that is given
             client = Client(address)
     except (OSError, RuntimeError, ValueError, KeyError, RayError) as e:
-        raise _refusal(address, e) or _away(address, e) from e
+        raise token_refusal(address, e) or _away(address, e) from e
     theirs = str(client._server_ray_version)
     if theirs.split(".")[:2] != ray.__version__.split(".")[:2]:
         raise ClusterError(
@@ -172,20 +173,6 @@ def _client(address: str) -> Any:
             f"run `pip install 'ray[default]=={theirs}'` here, or the other on every node",
         )
     return client
-
-
-def _refusal(address: str, error: Exception) -> ClusterError | None:
-    """What a cluster that wants a token says."""
-    from ray.exceptions import AuthenticationError
-
-    if not isinstance(error, AuthenticationError):
-        return None
-    missing = "Missing" in str(error)
-    return ClusterError(
-        address,
-        "asks for a token, and none was given" if missing else "does not take the token that was given",
-        "set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file, to the token with which the cluster was started",
-    )
 
 
 def _use_token_given() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from metadist.doctor.examine import Listener, Report, Wanted
@@ -41,10 +42,11 @@ def examine_as_job(
         options += ["--allow-code"] if sending.allow_code else []
         entrypoint, runtime_env, _ = packed("doctor", config, overrides, options, sending)
         job = jobs.send(entrypoint, runtime_env, {"metadist": "doctor"})
-        within(_LONGEST * wanted.timeout_s, lambda: jobs.follow(job, reader.read))
+        with _ended_early(jobs, job):
+            within(_LONGEST * wanted.timeout_s, lambda: jobs.follow(job, reader.read))
     except Overdue as e:
         reader.report.hung = True
-        reader.found(Finding("cluster", "wrong", f"the job {e}", "an answer", f"see it at {address}, and end it there"))
+        reader.found(Finding("cluster", "wrong", f"the job {e}", "an answer", f"see its log at {address}"))
     except MetadistError as e:
         reader.found(Finding("cluster", "wrong", f"{e.where}: {e.problem}", "a cluster that answers", e.mend))
     else:
@@ -56,6 +58,17 @@ def examine_as_job(
             )
             reader.found(Finding("cluster", "wrong", f"the job ended early, with: {said}", "a whole examination", mend))
     return reader.report
+
+
+@contextlib.contextmanager
+def _ended_early(jobs: Jobs, job: str) -> Iterator[None]:
+    """Stops the job of an examination that nobody waits for any more, after Ctrl-C for instance."""
+    try:
+        yield
+    except (Overdue, KeyboardInterrupt):
+        with contextlib.suppress(MetadistError, Overdue):
+            within(10.0, lambda: jobs.stop(job))
+        raise
 
 
 class Teller:

@@ -49,7 +49,7 @@ def connect(runtime: RuntimeConfig) -> bool:
     try:
         ray.init(address=runtime.address, runtime_env={"env_vars": environment}, **common)
     except (ConnectionError, RuntimeError, ValueError, RayError) as e:
-        raise _unreachable(runtime.address, first_line(e)) from e
+        raise token_refusal(runtime.address, e) or _unreachable(runtime.address, first_line(e)) from e
     return True
 
 
@@ -112,6 +112,18 @@ def _check_reachable(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
     except (OSError, ValueError) as e:
         raise _unreachable(address, str(e)) from e
+
+
+def token_refusal(address: str, error: Exception) -> ClusterError | None:
+    """What a cluster that wants a token says, as an error of ours; None of other errors."""
+    if type(error).__name__ != "AuthenticationError":  # a Ray without tokens has no such class
+        return None
+    missing = "issing" in str(error) or "required" in str(error)
+    return ClusterError(
+        address,
+        "asks for a token, and none was given" if missing else "does not take the token that was given",
+        "set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file, to the token with which the cluster was started",
+    )
 
 
 def _unreachable(address: str, why: str) -> ClusterError:

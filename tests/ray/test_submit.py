@@ -100,7 +100,8 @@ def test_a_job_that_nobody_watches_is_looked_at_stopped_and_gone_on_with(
     head: Head, tree: Path, tmp_path: Path
 ) -> None:
     run_dir, at = tmp_path / "run", ["--address", head.url]
-    words = ["configs/sinusoid_maml.yaml", *SMALL, "runtime.workers=1", "--run-dir", str(run_dir), *at]
+    words = ["configs/sinusoid_maml.yaml", *SMALL, "engine.compile=false", "runtime.workers=1", *at]
+    words += ["--run-dir", str(run_dir)]
     sent = head.metadist("submit", *words, "outer.steps=1000000", "checkpoint.every=1000000", "--detach", cwd=tree)
     job = sent.stdout.strip()
     assert sent.returncode == 0 and job.startswith("raysubmit_") and "\n" not in job, "the id alone, for scripts"
@@ -154,11 +155,19 @@ def test_a_head_that_wants_a_token_says_so_in_a_line() -> None:
         none = head.metadist(*words, RAY_AUTH_MODE="disabled", RAY_AUTH_TOKEN="")
         wrong = head.metadist(*words, RAY_AUTH_TOKEN="b" * 64)
         right = head.metadist(*words)
+        doctors = [
+            head.metadist("doctor", "--address", where, "--json", "--timeout", "10", RAY_AUTH_TOKEN="b" * 64)
+            for where in (head.url, head.address)
+        ]
     assert (none.returncode, wrong.returncode, right.returncode) == (1, 1, 0), right.stderr
     assert "asks for a token, and none was given; set RAY_AUTH_TOKEN" in none.stderr
     assert "does not take the token that was given; set RAY_AUTH_TOKEN" in wrong.stderr
     assert none.stderr.count("\n") == wrong.stderr.count("\n") == 1, "one line"
     assert "has no jobs" in right.stdout
+    for doctor in doctors:
+        (found,) = json.loads(doctor.stdout)["checks"]
+        assert doctor.returncode == 1 and found["verdict"] == "wrong"
+        assert "does not take the token" in found["found"] and "set RAY_AUTH_TOKEN" in found["mend"], found
 
 
 # --------------------------------------------------------------------------- what is sent
