@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from metadist.errors import ClusterError, ConfigError, first_line
-from metadist.runtime.cluster import token_refusal
+from metadist.runtime.cluster import token_refusal, use_token_given
 
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 """Ray's own, in the order in which it looks at them."""
@@ -23,6 +23,13 @@ _AGENT_TIMEOUT_S = 120.0
 _CONNECT_TIMEOUT_S = 10.0
 _ANSWER_TIMEOUT_S = 60.0
 _SILENCE_S = 60.0
+
+_TALKATIVE = (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.working_dir",
+    "ray._private.runtime_env.packaging",
+)
 
 Out = Callable[[str], None]
 
@@ -150,9 +157,9 @@ def _client(address: str) -> Any:
     from ray.exceptions import RayError
     from ray.job_submission import JobSubmissionClient
 
-    logging.getLogger("ray.dashboard").setLevel(logging.WARNING)
-    logging.getLogger("ray._private.runtime_env").setLevel(logging.WARNING)
-    _use_token_given()
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    use_token_given()
 
     class Client(JobSubmissionClient):
         """A dashboard that hangs is an error as well."""
@@ -173,17 +180,6 @@ def _client(address: str) -> Any:
             f"run `pip install 'ray[default]=={theirs}'` here, or the other on every node",
         )
     return client
-
-
-def _use_token_given() -> None:
-    """Sends a token that is at hand, also if RAY_AUTH_MODE does not say so: a cluster without tokens ignores it."""
-    if "RAY_AUTH_MODE" in os.environ:
-        return
-    with contextlib.suppress(ImportError):  # a Ray without tokens
-        from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
-
-        logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
 def _away(address: str, error: Exception) -> ClusterError:

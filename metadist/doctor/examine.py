@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -102,8 +104,12 @@ def examine(wanted: Wanted, listener: Listener) -> Report:
     except MetadistError as e:
         note(Finding("cluster", "wrong", f"{e.where}: {e.problem}", "a cluster that answers", e.mend))
         return report
+    folder = os.getcwd()
     for name, check, times in CHECKS:
         listener.checking(name)
+        with contextlib.suppress(OSError):
+            # Nodes of one host share the folder that a job is sent: one that unpacks it anew takes this one away.
+            os.chdir(folder)
         try:
             for finding in _found(subject, check, times * wanted.timeout_s):
                 note(finding)

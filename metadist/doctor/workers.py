@@ -9,11 +9,12 @@ from typing import Any
 
 from metadist.doctor.findings import Finding
 from metadist.doctor.place import Subject
-from metadist.errors import MetadistError
+from metadist.errors import ClusterError, MetadistError
 from metadist.experiment import Experiment
 from metadist.outer.gradient import Layout
 from metadist.resolve import resolve
 from metadist.runtime.backend import Computed, Died
+from metadist.runtime.cluster import plan_workers
 from metadist.server import outer_options
 from metadist.training import open_backend
 from metadist.worker import Lease, training_round
@@ -31,7 +32,7 @@ _ONE_SERVER = {
 
 def workers(subject: Subject) -> Iterator[Finding]:
     """Every worker starts, computes a microbatch, and takes about as long as the others."""
-    if subject.experiment is None:
+    if subject.experiment is None or not _fit(subject):
         return
     timing = Timing(subject.experiment, subject.deadline_s)
     try:
@@ -40,6 +41,18 @@ def workers(subject: Subject) -> Iterator[Finding]:
         yield Finding("workers", "wrong", f"{e.where}: {e.problem}", "a microbatch computed by each worker", e.mend)
     finally:
         timing.close()
+
+
+def _fit(subject: Subject) -> bool:
+    """Whether the workers find what they need; if not, another check says so."""
+    there = subject.place.nodes.values()
+    try:
+        if subject.on_ray and subject.experiment is not None:
+            total = {"CPU": sum(n.cpus for n in there), "GPU": sum(n.gpus for n in there)}
+            plan_workers(subject.experiment.config.runtime, total)
+    except ClusterError:
+        return False
+    return True
 
 
 def _timed(subject: Subject, timing: Timing) -> Iterator[Finding]:

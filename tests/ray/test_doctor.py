@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -133,9 +131,11 @@ def test_a_slow_worker_is_named(planted: Head, tmp_path: Path) -> None:
 
 
 def test_a_node_that_hangs_is_named_and_the_command_ends(cluster: Head) -> None:
+    before = raylets(cluster)
+    assert len(before) == 2
     node = cluster.join("--num-cpus", "1")
     wait_for_nodes(cluster, 3)
-    raylet = child_of(node.pid, lambda args: args.endswith("raylet") or "/raylet " in args)
+    (raylet,) = raylets(cluster) - before
     os.kill(raylet, signal.SIGSTOP)
     try:
         assert state_of(raylet) == "T"
@@ -151,9 +151,9 @@ def test_a_node_that_hangs_is_named_and_the_command_ends(cluster: Head) -> None:
         node.wait(30)
 
 
-def child_of(pid: int, wanted: Callable[[str], bool]) -> int:
-    listing = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
-    rows = [line.split(None, 2) for line in listing.splitlines()]
-    with contextlib.suppress(StopIteration):
-        return next(int(p) for p, parent, *args in rows if int(parent) == pid and args and wanted(args[0]))
-    raise AssertionError("no raylet was found")
+def raylets(head: Head) -> set[int]:
+    """The processes that are nodes of this cluster."""
+    listing = subprocess.run(["ps", "-eo", "pid=,args="], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(None, 1) for line in listing.splitlines()]
+    port = head.address.rpartition(":")[2]
+    return {int(pid) for pid, args in rows if "/raylet --" in args and f":{port} " in args}
