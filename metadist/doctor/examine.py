@@ -86,7 +86,7 @@ class Report:
 
 def examine(wanted: Wanted, listener: Listener) -> Report:
     """Runs every check; nothing is raised for what is wrong."""
-    report = Report()
+    report, folder = Report(), os.getcwd()
 
     def note(finding: Finding) -> None:
         report.findings.append(finding)
@@ -104,7 +104,6 @@ def examine(wanted: Wanted, listener: Listener) -> Report:
     except MetadistError as e:
         note(Finding("cluster", "wrong", f"{e.where}: {e.problem}", "a cluster that answers", e.mend))
         return report
-    folder = os.getcwd()
     for name, check, times in CHECKS:
         listener.checking(name)
         with contextlib.suppress(OSError):

@@ -117,8 +117,10 @@ def _check_reachable(address: str) -> None:
     except (OSError, ValueError) as e:
         raise _unreachable(address, str(e)) from e
     use_token_given()
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # what Ray does takes a minute to fail
+
     try:
-        ray._raylet.GcsClient(address=address)
+        GcsClient(address=address)
     except Exception as e:
         if refused := token_refusal(address, e):
             raise refused from e
@@ -139,10 +141,14 @@ def token_refusal(address: str, error: Exception) -> ClusterError | None:
     """What a cluster that wants a token says, as an error of ours; None of other errors."""
     if type(error).__name__ != "AuthenticationError":  # a Ray without tokens has no such class
         return None
-    missing = "issing" in str(error) or "required" in str(error)
+    if "missing or incorrect" in str(error):
+        problem = "asks for a token, and none was given or a wrong one"
+    else:
+        none = "issing" in str(error)
+        problem = "asks for a token, and none was given" if none else "does not take the token that was given"
     return ClusterError(
         address,
-        "asks for a token, and none was given" if missing else "does not take the token that was given",
+        problem,
         "set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file, to the token with which the cluster was started",
     )
 

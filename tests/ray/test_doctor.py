@@ -153,7 +153,7 @@ def test_a_node_that_hangs_is_named_and_the_command_ends(cluster: Head) -> None:
 
 def raylets(head: Head) -> set[int]:
     """The processes that are nodes of this cluster."""
-    listing = subprocess.run(["ps", "-eo", "pid=,args="], capture_output=True, text=True, check=True).stdout
+    listing = subprocess.run(["ps", "-wweo", "pid=,args="], capture_output=True, text=True, check=True).stdout
     rows = [line.split(None, 1) for line in listing.splitlines()]
     port = head.address.rpartition(":")[2]
     return {int(pid) for pid, args in rows if "/raylet --" in args and f":{port} " in args}
