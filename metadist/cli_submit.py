@@ -39,6 +39,18 @@ class _Submit(click.Group):
         self.format_commands(ctx, formatter)
 
 
+class _AsGroup(click.Context):
+    """Errors of the submission speak of `metadist submit`."""
+
+    @property
+    def command_path(self) -> str:
+        return self.parent.command_path if self.parent is not None else super().command_path
+
+
+class _Submission(click.Command):
+    context_class = _AsGroup
+
+
 _JOB = "job"
 
 
@@ -57,7 +69,7 @@ def submit() -> None:
     """
 
 
-@submit.command(_JOB, hidden=True)
+@submit.command(_JOB, cls=_Submission, hidden=True)
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
 @ADDRESS
