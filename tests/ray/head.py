@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -98,14 +99,23 @@ def ray_head(*flags: str, cpus: int = 3, **variables: str) -> Iterator[Head]:
     try:
         for _ in range(240):
             assert process.poll() is None, "the head did not start"
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"{head.url}/api/version", timeout=2).read()
+            if _answers(head.url):
                 break
             time.sleep(0.25)
         yield head
     finally:
         for started in reversed(head.processes):
             _end(started)
+
+
+def _answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(f"{url}/api/version", timeout=2).read()
+    except urllib.error.HTTPError:
+        return True  # it wants a token
+    except OSError:
+        return False
+    return True
 
 
 def _end(process: subprocess.Popen) -> None:

@@ -120,6 +120,7 @@ def test_planted_faults_are_found_with_their_mending(planted: Head, tmp_path: Pa
     named("tracking", "no W&B key is set up", "wandb login", node=False)
 
 
+@pytest.mark.slow
 def test_a_slow_worker_is_named(planted: Head, tmp_path: Path) -> None:
     words = [*SINES, "tasks={type: custom, import_path: 'tests.ray.slow_sines:SlowSines'}", "runtime.workers=3",
              "runtime.type=ray", "--allow-code", "--address", planted.address]  # fmt: skip
@@ -130,6 +131,7 @@ def test_a_slow_worker_is_named(planted: Head, tmp_path: Path) -> None:
     assert slow["node"] == next(f["node"] for f in found if f["check"] == "versions"), "the one with the older torch"
 
 
+@pytest.mark.slow
 def test_a_node_that_hangs_is_named_and_the_command_ends(cluster: Head) -> None:
     before = raylets(cluster)
     assert len(before) == 2

@@ -89,6 +89,7 @@ def test_secrets_travel_by_environment_alone(head: Head, tree: Path, tmp_path: P
         assert not [p for p in files if secret.encode() in p.read_bytes()], "a secret was kept"
 
 
+@pytest.mark.slow
 def test_a_job_that_nobody_watches_is_looked_at_stopped_and_gone_on_with(
     head: Head, tree: Path, tmp_path: Path
 ) -> None:
@@ -144,6 +145,7 @@ def test_a_head_of_another_version_is_refused_in_a_line(head: Head) -> None:
     assert "and here is Ray 2.1.0" in line and "pip install 'ray[default]==" in line
 
 
+@pytest.mark.slow
 def test_a_head_that_wants_a_token_says_so_in_a_line() -> None:
     with ray_head(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="a" * 64) as head:
         words = ["submit", "status", "--all", "--address", head.url]
