@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,10 @@ from typing import Any
 
 import click
 
+from metadist.cli_code import allowed, code_option
 from metadist.cli_data import data
+from metadist.cli_doctor import doctor
+from metadist.cli_submit import submit
 from metadist.errors import MetadistError
 
 
@@ -40,22 +42,6 @@ def main() -> None:
     """
 
 
-_code = click.option(
-    "--allow-code", is_flag=True, help="Import what the config names by import_path. That runs it: read it before."
-)
-
-
-def _allowed(flag: bool, overrides: tuple[str, ...] = ()) -> bool | frozenset[str]:
-    """What may be imported: all with the flag, else what was typed here, and not only named in a file."""
-    typed = (word.partition("=") for word in overrides)
-    names = (v for k, _, v in typed if k.endswith(".import_path") or k == "algorithm.loss")
-    allowed = flag or frozenset(v for v in names if ":" in v)
-    # Modules may lie in the folder the command is run from; where none are wanted, none there get in the way.
-    if allowed and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    return allowed
-
-
 @main.command()
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
@@ -67,7 +53,7 @@ def _allowed(flag: bool, overrides: tuple[str, ...] = ()) -> bool | frozenset[st
 @click.option(
     "--resume-if-exists", is_flag=True, help="Continue the run in --run-dir, or in checkpoint.path, if there is one."
 )
-@_code
+@code_option
 def train(
     config: Path, overrides: tuple[str, ...], run_dir: Path | None, resume_if_exists: bool, allow_code: bool
 ) -> None:
@@ -82,7 +68,7 @@ def train(
     from metadist.training import resume as run_resume
     from metadist.training import train as run_train
 
-    checked, code = load_config(config, overrides), _allowed(allow_code, overrides)
+    checked, code = load_config(config, overrides), allowed(allow_code, overrides)
     if resume_if_exists and run_dir is not None and (run_dir / "config.yaml").is_file():
         _stoppable(lambda: run_resume(run_dir, overrides, {"code": code}))
     else:
@@ -92,7 +78,7 @@ def train(
 @main.command()
 @click.argument("run_dir", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
-@_code
+@code_option
 def resume(run_dir: Path, overrides: tuple[str, ...], allow_code: bool) -> None:
     """Go on with a run from its newest whole checkpoint.
 
@@ -102,7 +88,7 @@ def resume(run_dir: Path, overrides: tuple[str, ...], allow_code: bool) -> None:
     """
     from metadist.training import resume as run_resume
 
-    _stoppable(lambda: run_resume(run_dir, overrides, {"code": _allowed(allow_code, overrides)}))
+    _stoppable(lambda: run_resume(run_dir, overrides, {"code": allowed(allow_code, overrides)}))
 
 
 @main.command()
@@ -110,7 +96,7 @@ def resume(run_dir: Path, overrides: tuple[str, ...], allow_code: bool) -> None:
 @click.option("--episodes", type=click.IntRange(min=1), help="How many episodes.  [default: as in the config]")
 @click.option("--checkpoint", default="latest", show_default=True, help="latest, best (in training), or a version.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@_code
+@code_option
 def evaluate(run_dir: Path, episodes: int | None, checkpoint: str, as_json: bool, allow_code: bool) -> None:
     """Judge a run's checkpoint on held-out episodes.
 
@@ -121,7 +107,7 @@ def evaluate(run_dir: Path, episodes: int | None, checkpoint: str, as_json: bool
     from metadist.finished import evaluate as run_evaluate
     from metadist.tracking.console import judged
 
-    result = run_evaluate(run_dir, episodes, {"code": _allowed(allow_code)}, which=checkpoint)
+    result = run_evaluate(run_dir, episodes, {"code": allowed(allow_code)}, which=checkpoint)
     where = f"{result['run_dir']} at step {result['version']}"
     click.echo(json.dumps(result) if as_json else f"{where}: {judged(result)}")
 
@@ -130,7 +116,7 @@ def evaluate(run_dir: Path, episodes: int | None, checkpoint: str, as_json: bool
 @click.argument("run_dir", type=click.Path(path_type=Path))
 @click.option("--version", type=click.IntRange(min=1), help="Up to this checkpoint.  [default: the newest]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@_code
+@code_option
 def replay(run_dir: Path, version: int | None, as_json: bool, allow_code: bool) -> None:
     """Make an asynchronous run's weights again from its log, and compare them.
 
@@ -142,7 +128,7 @@ def replay(run_dir: Path, version: int | None, as_json: bool, allow_code: bool) 
     """
     from metadist.finished import replay as run_replay
 
-    result = run_replay(run_dir, version, _allowed(allow_code))
+    result = run_replay(run_dir, version, allowed(allow_code))
     said = "are the checkpoint's, bit for bit" if result["same"] else "are NOT the checkpoint's"
     where = f"{result['run_dir']} at step {result['version']}"
     click.echo(json.dumps(result) if as_json else f"{where}: the replayed weights {said}")
@@ -183,7 +169,7 @@ def check(config: Path | None, overrides: tuple[str, ...], list_members: bool) -
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Timed calls of each way.")
 @click.option("--no-compile", is_flag=True, help="Leave inductor out, which takes a minute or two for each way.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@_code
+@code_option
 def bench(
     config: Path,
     overrides: tuple[str, ...],
@@ -212,7 +198,7 @@ def bench(
     def say(line: str) -> None:
         click.echo(f"  {line}", err=True)
 
-    code = _allowed(allow_code, overrides)
+    code = allowed(allow_code, overrides)
     engine = EngineBench(load_config(config, overrides), rounds, not no_compile, say, code)
     best = engine.run()
     least = best.ms_per_task or 0.0
@@ -243,28 +229,9 @@ def _bench_row(row: dict[str, Any]) -> tuple[str, ...]:
     return (*settings, *times, memory, f"{row['relative_error']:.0e}", "")
 
 
-@main.command()
-@click.argument("config", type=click.Path(path_type=Path))
-@click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
-@click.option("--address", required=True, help="The cluster's dashboard, e.g. http://HOST:8265.")
-@click.option("--run-dir", help="Where the job keeps its run, on the head or on shared storage; resumed if it exists.")
-@_code
-def submit(config: Path, overrides: tuple[str, ...], address: str, run_dir: str | None, allow_code: bool) -> None:
-    """Run CONFIG as a job on a Ray cluster, with the current folder sent along, and follow its log.
-
-    \b
-    Example:
-      metadist submit configs/glyphs_maml.yaml --address http://head:8265 runtime.workers=8
-    """
-    from metadist.submit import submit as submit_job
-
-    def out(text: str) -> None:
-        click.echo(text, nl=False)
-
-    sys.exit(submit_job(config, address, overrides, run_dir, out=out, allow_code=allow_code))
-
-
 main.add_command(data)
+main.add_command(submit)
+main.add_command(doctor)
 
 
 def _stoppable(run: Callable[[], Any]) -> None:

@@ -49,7 +49,11 @@ def connect(runtime: RuntimeConfig) -> bool:
     try:
         ray.init(address=runtime.address, runtime_env={"env_vars": environment}, **common)
     except (ConnectionError, RuntimeError, ValueError, RayError) as e:
-        raise _unreachable(runtime.address, first_line(e)) from e
+        raise (
+            token_refusal(runtime.address, e)
+            or _other_version(runtime.address, e)
+            or _unreachable(runtime.address, first_line(e))
+        ) from e
     return True
 
 
@@ -112,6 +116,50 @@ def _check_reachable(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
     except (OSError, ValueError) as e:
         raise _unreachable(address, str(e)) from e
+    use_token_given()
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # what Ray does takes a minute to fail
+
+    try:
+        GcsClient(address=address)
+    except Exception as e:
+        if refused := token_refusal(address, e):
+            raise refused from e
+
+
+def use_token_given() -> None:
+    """Sends a token that is at hand, also if RAY_AUTH_MODE does not say so: a cluster without tokens ignores it."""
+    if "RAY_AUTH_MODE" in os.environ:
+        return
+    with contextlib.suppress(ImportError):  # a Ray without tokens
+        from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+
+        logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+
+
+def token_refusal(address: str, error: Exception) -> ClusterError | None:
+    """What a cluster that wants a token says, as an error of ours; None of other errors."""
+    if type(error).__name__ != "AuthenticationError":  # a Ray without tokens has no such class
+        return None
+    if "missing or incorrect" in str(error):
+        problem = "asks for a token, and none was given or a wrong one"
+    else:
+        none = "issing" in str(error)
+        problem = "asks for a token, and none was given" if none else "does not take the token that was given"
+    return ClusterError(
+        address,
+        problem,
+        "set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file, to the token with which the cluster was started",
+    )
+
+
+def _other_version(address: str, error: Exception) -> ClusterError | None:
+    if "Version mismatch" not in str(error):
+        return None
+    said = " ".join(str(error).split())
+    return ClusterError(
+        address, said.removesuffix("."), "use the cluster's Python and Ray here, or these on every node"
+    )
 
 
 def _unreachable(address: str, why: str) -> ClusterError:

@@ -144,6 +144,10 @@ class RayBackend:
     def workers(self) -> list[int]:
         return [n for n, h in self._handles.items() if h.starting is None]
 
+    def nodes(self) -> dict[int, str]:
+        """Ids of the nodes that the ready workers are on."""
+        return {n: h.node for n, h in self._handles.items() if h.starting is None}
+
     def lease(self, worker: int, lease: Lease) -> None:
         handle = self._handles[worker]
         report, *gradients = self._ask(handle.actor, lease)

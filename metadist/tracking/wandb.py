@@ -168,18 +168,28 @@ def automatic_mode() -> str:
 
 def has_account() -> bool:
     """Whether credentials for the server are at hand: in the environment or where ``wandb login`` keeps them."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
+    return bool(os.environ.get("WANDB_IDENTITY_TOKEN_FILE")) or account_key() is not None
+
+
+def account_key() -> str | None:
+    """The key of the account, of the environment or where ``wandb login`` keeps it; None if there is none."""
+    if key := os.environ.get("WANDB_API_KEY"):
+        return key
+    host = urlparse(server_url()).hostname or ""
     named = os.environ.get("NETRC")
     files = [Path(named).expanduser()] if named else [Path.home() / ".netrc", Path.home() / "_netrc"]
     for file in files:
         try:
-            if netrc.netrc(str(file)).hosts.get(host):
-                return True
+            if found := netrc.netrc(str(file)).hosts.get(host):
+                return found[2]
         except (OSError, netrc.NetrcParseError):
             continue
-    return False
+    return None
+
+
+def server_url() -> str:
+    """Where runs are sent."""
+    return (os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").rstrip("/")
 
 
 def panel(name: str) -> str:

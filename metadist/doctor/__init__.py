@@ -1,0 +1,1 @@
+"""What a person checks of a cluster before spending GPU hours on it."""
