@@ -181,7 +181,7 @@ class Controller:
         idle = self.backend.idle()
         leases = self._ledger.deal(idle, now, functools.partial(self.pace.shares, kind))
         taken = {worker for worker, _ in leases}
-        spare = [w for w in idle if w not in taken]
+        spare = [w for w in idle if w not in taken] if taken else idle
         for worker, lease in leases + self._ledger.deal_again(spare, now, self._patience):
             self._ask(worker, lease, now)
 

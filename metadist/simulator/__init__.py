@@ -12,9 +12,9 @@ from metadist.simulator.cluster import (
     Work,
     without,
 )
-from metadist.simulator.run import Outcome, Split, simulate, split
+from metadist.simulator.run import Outcome, PlainPace, Split, simulate, split
 
 __all__ = [
-    "PARTS", "Arrangement", "Cluster", "Compute", "Costs", "Deaths", "Machine", "Network", "Outcome", "Split", "Work",
-    "simulate", "split", "without",
+    "PARTS", "Arrangement", "Cluster", "Compute", "Costs", "Deaths", "Machine", "Network", "Outcome", "PlainPace",
+    "Split", "Work", "simulate", "split", "without",
 ]  # fmt: skip

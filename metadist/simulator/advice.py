@@ -55,9 +55,10 @@ def arrangements(work: Work, cluster: Cluster, unordered: bool = False) -> Itera
             yield Arrangement(topology="allreduce_unordered")
 
 
-def choices(work: Work, cluster: Cluster, unordered: bool = False, steps: int = 1, warm_up: int = 1) -> list[Choice]:
+def choices(work: Work, cluster: Cluster, unordered: bool = False, steps: int = 1, warm_up: int = 0) -> list[Choice]:
     """All of :func:`arrangements`, simulated."""
-    return [Choice(a, simulate(work, a, cluster, steps, warm_up).step_s) for a in arrangements(work, cluster, unordered)]
+    found = arrangements(work, cluster, unordered)
+    return [Choice(a, simulate(work, a, cluster, steps, warm_up).step_s) for a in found]
 
 
 def best_of(found: list[Choice]) -> Choice:
@@ -71,7 +72,7 @@ def cheap_from(work: Work, arrangement: Arrangement, cluster: Cluster) -> tuple[
     seconds, found = 0.01, None
     for _ in range(3):
         at = replace(work, compute=replace(work.compute, seconds=seconds))
-        found = split(at, arrangement, cluster, 1, 1)
+        found = split(at, arrangement, cluster, 1, 0)
         stretch = found.seconds["compute"] / seconds
         seconds = max(1e-4, found.layer_s * (1 - SMALL_COST) / SMALL_COST / stretch)
     assert found is not None
@@ -109,11 +110,16 @@ def of_config(config: Config, microbatch_s: float | None = None, model_bytes: fl
         f"simulated: {workers} worker{'s' * (workers > 1)} on {where}, a model of {_mb(work.model_bytes)}, "
         f"{count} microbatches an update"
     ]
+    if count < workers and not present.max_staleness:
+        lines.append(
+            f"{workers - count} workers have nothing to do: an update has {count} microbatches; lower "
+            "outer.tasks_per_microbatch, or raise outer.meta_batch_size"
+        )
     least, parts = cheap_from(work, present, cluster)
     if microbatch_s is None:
         work = replace(work, compute=replace(compute, seconds=least))
     else:
-        parts = split(work, present, cluster, 1, 1)
+        parts = split(work, present, cluster, 1, 0)
         whole, layer = parts.outcome.step_s, parts.layer_s
         lines.append(f"an update takes {_ms(whole)}, of which {_ms(layer)} ({layer / whole:.0%}) are not computing")
     lines += _about(parts, least)
@@ -121,7 +127,8 @@ def of_config(config: Config, microbatch_s: float | None = None, model_bytes: fl
 
 
 def _about(parts: Split, least: float) -> list[str]:
-    costs = sorted(((s, name) for name, s in parts.seconds.items() if name not in ("compute", "stragglers")), reverse=True)
+    costs = [(s, name) for name, s in parts.seconds.items() if name not in ("compute", "stragglers")]
+    costs.sort(reverse=True)
     told = ", ".join(f"{name} {_ms(s)}" for s, name in costs if s >= 0.05 * parts.layer_s and s > 0)
     if not told:
         return ["beside computing an update takes next to nothing"]
@@ -134,7 +141,7 @@ def _about(parts: Split, least: float) -> list[str]:
 def _recommended(work: Work, present: Arrangement, cluster: Cluster) -> list[str]:
     if present.max_staleness or present.quorum < 1:
         return []  # what such a run learns depends on who was how fast, which is not to be compared by time alone
-    now = simulate(work, present, cluster, 1, 1).step_s
+    now = simulate(work, present, cluster, 1, 0).step_s
     best = best_of(choices(work, cluster))
     if best.step_s > CLEAR_GAIN * now:
         return [f"no other number of shards and no other topology is clearly faster than {words_of(present)}"]
@@ -155,7 +162,9 @@ def _workers(config: Config) -> int | None:
         return wanted.max
     if wanted != "auto":
         return wanted
-    return max(1, (os.cpu_count() or 1) // config.runtime.threads_per_worker) if config.runtime.address is None else None
+    if config.runtime.address is not None:
+        return None
+    return max(1, (os.cpu_count() or 1) // config.runtime.threads_per_worker)
 
 
 def _ms(seconds: float) -> str:

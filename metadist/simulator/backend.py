@@ -369,7 +369,7 @@ class SimulatedAllReduce(SimulatedBackend):
 
     def commit(self, version: int, tasks: float, slots: Sequence[int] | None = None) -> dict[str, float]:
         self._think(self.costs.part_s * self.work.workers)
-        self._everybody(self.costs.commit_s, lambda rank: 0.0)
+        self._everybody(lambda rank: self.costs.commit_s, lambda rank: 0.0)
         if self.arrangement.topology == "allreduce":
             self._ordered()
         else:
@@ -386,25 +386,24 @@ class SimulatedAllReduce(SimulatedBackend):
         ranks, size = self.work.workers, self.work.model_bytes
         part, others = size / ranks, (ranks - 1) / ranks
         sums = max(1, sum(self._sums))
-        everything = sums * part * others
-        self._exchange([own * size * others for own in self._sums], everything, everything, ranks - 1, 1)
-        self._everybody(0.0, lambda rank: self._sum_s(sums * part, part))
-        self._exchange([8.0 * (ranks - 1)] * ranks, 8.0 * (ranks - 1), 0.0, 2 * (ranks - 1), ranks - 1)  # the norm
-        self._everybody(0.0, lambda rank: part / BYTES_A_NUMBER / self.machine.updates_per_s)
+        sent, received = [own * size * others for own in self._sums], sums * part * others
+        self._exchange(sent, received, self._across(sent, received), ranks - 1, 1)
+        self._everybody(lambda rank: 0.0, lambda rank: self._sum_s(sums * part, part))
+        self._exchange([0.0] * ranks, 0.0, 0.0, 2 * (ranks - 1), ranks - 1)  # the norm, a few numbers from each
+        self._everybody(lambda rank: 0.0, lambda rank: part / BYTES_A_NUMBER / self.machine.updates_per_s)
         self._ring(size * others, ranks - 1)
 
     def _plain(self) -> None:
         ranks, size = self.work.workers, self.work.model_bytes
-        others = (ranks - 1) / ranks
-        self._everybody(0.0, lambda rank: (self._sums[rank] - 1) * 3 * size / self.machine.sum_bytes_per_s)
+        others, rate = (ranks - 1) / ranks, self.machine.sum_bytes_per_s
+        self._everybody(lambda rank: 0.0, lambda rank: max(0, self._sums[rank] - 1) * 3 * size / rate)
         self._ring(2 * size * others, 2 * (ranks - 1))
-        self._everybody(0.0, lambda rank: others * 3 * size / self.machine.sum_bytes_per_s)
-        self._everybody(0.0, lambda rank: size / BYTES_A_NUMBER / self.machine.updates_per_s)
+        update = size / BYTES_A_NUMBER / self.machine.updates_per_s
+        self._everybody(lambda rank: 0.0, lambda rank: others * 3 * size / rate + update)
 
     def _ring(self, size: float, steps: int) -> None:
         """Each sends ``size`` bytes to the next, in so many steps: of a node, one rank's go through the link."""
-        several = len(self.nodes) > 1
-        self._exchange([size] * self.work.workers, size, size if several else 0.0, steps, steps)
+        self._exchange([size] * self.work.workers, size, size, steps, steps)
 
     def _exchange(
         self, sent: Sequence[float], received: float, through_link: float, messages: int, after_another: int
@@ -414,49 +413,30 @@ class SimulatedAllReduce(SimulatedBackend):
         Args:
             sent: bytes that each rank sends.
             received: bytes that each receives.
-            through_link: bytes that a node sends or receives through its link, at most; of an exchange of each with
-                each, those of one rank.
+            through_link: bytes that the busiest node sends or receives through its link, if there are several.
             messages: that each sends.
             after_another: how many of them wait for one another.
         """
-        latency = self.cluster.network.latency_s if len(self.nodes) > 1 else 0.0
-        tcp = self.machine.tcp_bytes_per_s
-
-        def cpu_s(rank: int) -> float:
-            return messages * self.costs.message_s + (sent[rank] + received) / tcp
-
-        if messages > 1 and after_another == 1 and len(self.nodes) > 1:
-            through_link = self._across(sent, received)
-        ends = self.events.now + through_link / self.cluster.network.bytes_per_s + after_another * latency
-        self._everybody(0.0, lambda rank: 0.0, cpu_s)
-        self.events.at(max(ends, self.events.now), done := _Flag())
-        self.events.run(lambda: done.up)
+        tcp, network, ends = self.machine.tcp_bytes_per_s, self.cluster.network, self.events.now
+        if len(self.nodes) > 1:
+            ends += through_link / network.bytes_per_s + after_another * network.latency_s
+        cpu_s = [messages * self.costs.message_s + (own + received) / tcp for own in sent]
+        self._everybody(lambda rank: cpu_s[rank], lambda rank: 0.0)
+        self.events.run(lambda: False, max(ends, self.events.now))
 
     def _across(self, sent: Sequence[float], received: float) -> float:
         """Bytes that go out of, or come in to, the busiest node, when each sends to each."""
         ranks = self.work.workers
-        there = self.cluster.workers_per_node or ranks
-        others = max(1, ranks - 1)
+        there, others = self.cluster.workers_per_node or ranks, max(1, ranks - 1)
         out = [sum(sent[a : a + there]) * (ranks - min(there, ranks - a)) / others for a in range(0, ranks, there)]
-        return max(max(out), there * received * (ranks - there) / others)
+        return max(*out, there * received * (ranks - there) / others)
 
-    def _everybody(
-        self, cpu_s: float, memory_s: Callable[[int], float], more_cpu_s: Callable[[int], float] = lambda rank: 0.0
-    ) -> None:
+    def _everybody(self, cpu_s: Callable[[int], float], memory_s: Callable[[int], float]) -> None:
         """Something that every rank does by itself; all are waited for."""
         done: list[bool] = []
-        workers = list(self._workers.values())
-        for rank, worker in enumerate(workers):
-            self._in_turn(worker.node, cpu_s + more_cpu_s(rank), memory_s(rank), lambda: done.append(True))
-        self.events.run(lambda: len(done) == len(workers))
-
-
-class _Flag:
-    def __init__(self) -> None:
-        self.up = False
-
-    def __call__(self) -> None:
-        self.up = True
+        for rank, worker in enumerate(self._workers.values()):
+            self._in_turn(worker.node, cpu_s(rank), memory_s(rank), lambda: done.append(True))
+        self.events.run(lambda: len(done) == len(self._workers))
 
 
 def sums_of(numbers: Iterable[int], count: int) -> int:

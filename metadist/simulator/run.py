@@ -126,9 +126,7 @@ class Split:
         return math.fsum(s for part, s in self.seconds.items() if part not in ("compute", "stragglers"))
 
 
-def split(
-    work: Work, arrangement: Arrangement, cluster: Cluster, steps: int = STEPS, warm_up: int = WARM_UP
-) -> Split:
+def split(work: Work, arrangement: Arrangement, cluster: Cluster, steps: int = STEPS, warm_up: int = WARM_UP) -> Split:
     """Simulates a step again and again, each time with one part more that costs nothing.
 
     A part's seconds are those that the step becomes shorter by, those before it having been taken away: what two parts
