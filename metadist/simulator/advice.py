@@ -105,7 +105,9 @@ def of_config(config: Config, microbatch_s: float | None = None, model_bytes: fl
         runtime.topology, runtime.server_shards, runtime.node_sums, 2 if runtime.wire == "bfloat16" else BYTES_A_NUMBER,
         runtime.quorum, runtime.max_staleness,
     )  # fmt: skip
-    where = "this machine" if here else f"{cluster.nodes(workers)} nodes of eight GPUs at 10 Gbit/s, which is assumed"
+    nodes = cluster.nodes(workers)
+    assumed = f"{nodes} node{'s' * (nodes > 1)} of eight GPUs at 10 Gbit/s, which is assumed"
+    where = "this machine" if here else assumed
     lines = [
         f"simulated: {workers} worker{'s' * (workers > 1)} on {where}, a model of {_mb(work.model_bytes)}, "
         f"{count} microbatches an update"

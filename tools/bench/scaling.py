@@ -5,7 +5,7 @@ of them. Leases, object store, sum, update and commit are the real ones.
 
 ``scaling``: steps of one microbatch a worker. Efficiency is the wait over the step. Beside it stands what
 ``metadist.simulator`` predicts: the controller's own code over modelled workers, which share this machine's cores. Its
-costs of messages are CPU seconds, measured in the same run before the curve, in steps of 3 and of 12 workers with the
+costs of messages are CPU seconds, measured in the same run before the curve, in steps of 3 and of 24 workers with the
 same wait: what grows with the workers is taken for a lease's, the rest for a step's. No time of a step goes into them,
 and the curve has neither of these numbers of workers unless --workers asks for one.
 ``straggler``: eight workers, one of them five times slower, with one microbatch for each; and one ten times slower,
@@ -47,7 +47,7 @@ STRAGGLER = (
     "workers", "slow_by", "microbatches", "microbatch_ms", "plain_ms", "equal_ms", "ms_per_step", "ratio_to_plain",
     "ratio_to_equal", "releases",
 )  # fmt: skip
-CALIBRATION = (3, 12)
+CALIBRATION = (3, 24)
 WARM_UP, EIGHT = 4, 8
 SLOW = ((5.0, 1), (10.0, 4))
 
