@@ -28,6 +28,7 @@ class Node:
         self.link = Link(events, cluster.network.bytes_per_s)
         self.sums = Process(self.cores, self.memory)
         self.gathered: set[int] = set()
+        self.workers = 0
         self.busy = 0
         self.version = -1
         self.coming = 0
@@ -205,6 +206,7 @@ class SimulatedBackend:
     def _join(self, node: Node) -> int:
         number, self._next_worker = self._next_worker, self._next_worker + 1
         worker = self._workers[number] = Worker(node)
+        node.workers += 1
         bisect.insort(self._idle, number)
         lives = self.work.deaths.after(number)
         if lives < float("inf"):
@@ -219,6 +221,7 @@ class SimulatedBackend:
     def _remove(self, number: int) -> None:
         """A worker is gone; a replacement comes some time later."""
         worker = self._workers.pop(number)
+        worker.node.workers -= 1
         if worker.lease is not None:
             worker.node.busy -= 1
         elif number in self._idle:
@@ -267,6 +270,7 @@ class SimulatedBackend:
         given = sums_of(range(lease.start, lease.stop), lease.round.microbatches)
         read, write = self.work.model_bytes / copy, given * self._gradient_bytes / copy
         node = worker.node
+        awake_s = (self.costs.worker_s + self.costs.crowd_s * (node.workers - 1)) / 2
 
         def computes() -> None:
             if compute.on_cores:
@@ -275,14 +279,14 @@ class SimulatedBackend:
                 self.events.at(self.events.now + seconds, computed)
 
         def computed() -> None:
-            self._in_turn(node, self.costs.worker_s / 2, write, lambda: self._later(node, answer))
+            self._in_turn(node, awake_s, write, lambda: self._later(node, answer))
 
         def answer() -> None:
             if worker.lives:
                 tasks = sum(len(lease.round.episodes(m)) for m in range(lease.start, lease.stop))
                 self._news.append(Computed(number, Report(lease, {"loss": np.zeros(tasks)}, seconds, 0.0)))
 
-        self._in_turn(node, self.costs.worker_s / 2, read, computes)
+        self._in_turn(node, awake_s, read, computes)
 
     @staticmethod
     def _in_turn(node: Node, cpu_s: float, memory_s: float, then: Then) -> None:

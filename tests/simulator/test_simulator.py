@@ -96,6 +96,8 @@ def test_processes_that_are_awake_share_the_cores() -> None:
     two = Cluster(Machine(cores=2), costs=Costs(worker_s=0.1))
     assert step(Work(2, 1e6, Compute(1.0)), two) == pytest.approx(1.1)
     assert step(Work(8, 1e6, Compute(1.0)), two) == pytest.approx(1.0 + 8 * 0.1 / 2)
+    crowd = replace(two, costs=Costs(worker_s=0.1, crowd_s=0.02))
+    assert step(Work(8, 1e6, Compute(1.0)), crowd) == pytest.approx(1.0 + 8 * (0.1 + 7 * 0.02) / 2)
     assert step(Work(4, 1e6, Compute(1.0, on_cores=True)), two) == pytest.approx(2.0 + 4 * 0.1 / 2)
 
 
@@ -203,7 +205,7 @@ def test_a_death_is_leased_again() -> None:
 COSTLY = Cluster(
     Machine(8, 8e9, 8e9, 1e9, 4, 1e9),
     Network(1e9, 1e-4),
-    Costs(1e-3, 1e-3, 2e-4, 1e-3, 2e-3, 1e-3, 1e-3, 1e-5),
+    Costs(1e-3, 1e-3, 2e-4, 1e-3, 2e-3, 1e-5, 1e-3, 1e-3, 1e-5),
     workers_per_node=4,
 )
 ARRANGEMENTS = st.sampled_from(

@@ -93,19 +93,23 @@ def measured_steps(workers: int, seconds: float, steps: int, shards: int = 1) ->
 def costs_of(few: Measured, many: Measured, part_s: float = 0.0, message_s: float = 0.0) -> Costs:
     """Costs of messages, from CPU seconds with two numbers of workers: what grows with them is a lease's.
 
-    The driver's are halved between lease and answer. What Ray runs beside the workers is theirs.
+    The driver's are halved between lease and answer. What Ray runs beside the workers is theirs. Workers do nothing
+    but leases; what one of these takes more with many workers than with few is the crowd's.
     """
 
-    def each(*kinds: str) -> float:
-        return max(0.0, sum(many.cpu_s[k] - few.cpu_s[k] for k in kinds) / (many.workers - few.workers))
+    def each(kind: str) -> float:
+        return max(0.0, (many.cpu_s[kind] - few.cpu_s[kind]) / (many.workers - few.workers))
 
     def fixed(kind: str) -> float:
         return max(0.0, few.cpu_s[kind] - few.workers * each(kind))
 
     driver = each("driver")
+    alone, crowded = (m.cpu_s["worker"] / m.workers for m in (few, many))
+    crowd_s = max(0.0, crowded - alone) / (many.workers - few.workers)
     return Costs(
         lease_s=driver / 2, answer_s=driver / 2, part_s=part_s, step_s=fixed("driver"),
-        worker_s=each("worker", "services"), add_s=each("server"), commit_s=fixed("server"), message_s=message_s,
+        worker_s=max(0.0, alone - crowd_s * (few.workers - 1)) + each("services"), crowd_s=crowd_s,
+        add_s=each("server"), commit_s=fixed("server"), message_s=message_s,
     )  # fmt: skip
 
 
