@@ -270,7 +270,8 @@ class SimulatedBackend:
         given = sums_of(range(lease.start, lease.stop), lease.round.microbatches)
         read, write = self.work.model_bytes / copy, given * self._gradient_bytes / copy
         node = worker.node
-        awake_s = (self.costs.worker_s + self.costs.crowd_s * (node.workers - 1)) / 2
+        more_s = self.costs.crowd_s * (node.workers - 1) + self.costs.worker_part_s * max(0, len(self.shards) - 1)
+        awake_s = (self.costs.worker_s + more_s) / 2
 
         def computes() -> None:
             if compute.on_cores:

@@ -125,6 +125,7 @@ class Costs:
         worker_s: of a worker and of what serves it on its node, for a lease: half before computing, half after.
         crowd_s: more of a worker's, for each other worker on its node: the more processes take turns on the cores, the
             colder each finds the caches.
+        worker_part_s: more of a worker's, for each further shard that it has a part for.
         add_s: of a server's shard, to take a gradient.
         commit_s: of a server's shard, or of a member of an all-reduce, to be asked for an update and answer.
         message_s: of a member of an all-reduce, for a message to another.
@@ -136,6 +137,7 @@ class Costs:
     step_s: float = 0.0
     worker_s: float = 0.0
     crowd_s: float = 0.0
+    worker_part_s: float = 0.0
     add_s: float = 0.0
     commit_s: float = 0.0
     message_s: float = 0.0
@@ -210,7 +212,7 @@ def without(part: str, work: Work, cluster: Cluster) -> tuple[Work, Cluster]:
     if part == "driver":
         costs = replace(costs, lease_s=0.0, answer_s=0.0, part_s=0.0, step_s=0.0)
     elif part == "cores":
-        costs = replace(costs, worker_s=0.0, crowd_s=0.0, add_s=0.0, commit_s=0.0, message_s=0.0)
+        costs = replace(costs, worker_s=0.0, crowd_s=0.0, worker_part_s=0.0, add_s=0.0, commit_s=0.0, message_s=0.0)
         machine = replace(machine, tcp_bytes_per_s=INFINITE)
     elif part == "network":
         return work, replace(cluster, network=Network())

@@ -28,13 +28,15 @@ def measured(workers: int, driver: float, worker: float, server: float, services
 
 def test_costs_are_what_grows_with_the_workers_and_what_does_not() -> None:
     few, many = measured(2, 0.009, 0.008, 0.005, 0.020), measured(12, 0.029, 0.060, 0.015, 0.040)
-    costs = costs_of(few, many, part_s=0.5, message_s=0.25)
+    cut = measured(12, 0.029 + 0.036, 0.060 + 0.018, 0.5, 0.040 + 0.018)
+    costs = costs_of(few, many, cut, message_s=0.25)
     assert (costs.lease_s, costs.answer_s, costs.step_s) == pytest.approx((0.001, 0.001, 0.005))
     # A worker's 4 ms with one other, 5 ms with eleven: a tenth more for each. What Ray runs beside the workers is part
     # of a lease as far as it grows with them.
     assert costs.crowd_s == pytest.approx(0.0001)
     assert (costs.worker_s, costs.add_s, costs.commit_s) == pytest.approx((0.0039 + 0.002, 0.001, 0.003))
-    assert (costs.part_s, costs.message_s) == (0.5, 0.25)
+    # Three shards more, for each of twelve workers.
+    assert (costs.part_s, costs.worker_part_s, costs.message_s) == pytest.approx((0.001, 0.001, 0.25))
     # A noisy machine: nothing costs less than nothing.
     noise = costs_of(few, measured(12, 0.001, 0.001, 0.001, 0.001))
     assert noise.lease_s == noise.crowd_s == 0.0

@@ -98,6 +98,8 @@ def test_processes_that_are_awake_share_the_cores() -> None:
     assert step(Work(8, 1e6, Compute(1.0)), two) == pytest.approx(1.0 + 8 * 0.1 / 2)
     crowd = replace(two, costs=Costs(worker_s=0.1, crowd_s=0.02))
     assert step(Work(8, 1e6, Compute(1.0)), crowd) == pytest.approx(1.0 + 8 * (0.1 + 7 * 0.02) / 2)
+    parts = replace(two, costs=Costs(part_s=0.01, worker_part_s=0.02))
+    assert step(Work(1, 1e6, Compute(1.0)), parts, Arrangement(server_shards=3)) == pytest.approx(1.0 + 2 * 0.03)
     assert step(Work(4, 1e6, Compute(1.0, on_cores=True)), two) == pytest.approx(2.0 + 4 * 0.1 / 2)
 
 
@@ -205,7 +207,7 @@ def test_a_death_is_leased_again() -> None:
 COSTLY = Cluster(
     Machine(8, 8e9, 8e9, 1e9, 4, 1e9),
     Network(1e9, 1e-4),
-    Costs(1e-3, 1e-3, 2e-4, 1e-3, 2e-3, 1e-5, 1e-3, 1e-3, 1e-5),
+    Costs(1e-3, 1e-3, 2e-4, 1e-3, 2e-3, 1e-5, 1e-4, 1e-3, 1e-3, 1e-5),
     workers_per_node=4,
 )
 ARRANGEMENTS = st.sampled_from(
@@ -233,8 +235,10 @@ def test_nothing_is_faster_for_being_slower(arrangement: Arrangement, workers: i
         "link": replace(COSTLY, network=Network(1e8, 1e-3)),
     }[part]
     now = simulate(work, arrangement, COSTLY, 1, 0).step_s
-    assert simulate(work, arrangement, slower, 1, 0).step_s >= now * (1 - 1e-9)
-    assert simulate(replace(work, model_bytes=2 * size), arrangement, COSTLY, 1, 0).step_s >= now * (1 - 1e-9)
+    # A node passes its sums on when nobody on it is busy: if they are slower together, that may be one message fewer.
+    least = now - (5e-3 if arrangement.node_sums else 1e-9)
+    assert simulate(work, arrangement, slower, 1, 0).step_s >= least
+    assert simulate(replace(work, model_bytes=2 * size), arrangement, COSTLY, 1, 0).step_s >= least
     assert now >= 0.1
 
 

@@ -19,7 +19,7 @@ from metadist.simulator import Costs, Machine
 from tools.bench import server
 from tools.bench.distribution_parts.emulated import EmulatedRun
 
-WARM_UP = 4
+WARM_UP, SHARDS = 4, 4
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -90,11 +90,16 @@ def measured_steps(workers: int, seconds: float, steps: int, shards: int = 1) ->
     return Measured(workers, statistics.median(times), {k: (after[k] - before[k]) / steps for k in after})
 
 
-def costs_of(few: Measured, many: Measured, part_s: float = 0.0, message_s: float = 0.0) -> Costs:
+def costs_of(few: Measured, many: Measured, cut: Measured | None = None, message_s: float = 0.0) -> Costs:
     """Costs of messages, from CPU seconds with two numbers of workers: what grows with them is a lease's.
 
     The driver's are halved between lease and answer. What Ray runs beside the workers is theirs. Workers do nothing
     but leases; what one of these takes more with many workers than with few is the crowd's.
+
+    Args:
+        few, many: steps with a server of one shard.
+        cut: steps as ``many``, with :data:`SHARDS` shards; None: what these cost is left at nothing.
+        message_s: CPU seconds of a message over a socket.
     """
 
     def each(kind: str) -> float:
@@ -106,9 +111,15 @@ def costs_of(few: Measured, many: Measured, part_s: float = 0.0, message_s: floa
     driver = each("driver")
     alone, crowded = (m.cpu_s["worker"] / m.workers for m in (few, many))
     crowd_s = max(0.0, crowded - alone) / (many.workers - few.workers)
+
+    def part(*kinds: str) -> float:
+        more = 0.0 if cut is None else sum(cut.cpu_s[k] - many.cpu_s[k] for k in kinds)
+        return max(0.0, more / ((SHARDS - 1) * many.workers))
+
     return Costs(
-        lease_s=driver / 2, answer_s=driver / 2, part_s=part_s, step_s=fixed("driver"),
+        lease_s=driver / 2, answer_s=driver / 2, part_s=part("driver"), step_s=fixed("driver"),
         worker_s=max(0.0, alone - crowd_s * (few.workers - 1)) + each("services"), crowd_s=crowd_s,
+        worker_part_s=part("worker", "services"),
         add_s=each("server"), commit_s=fixed("server"), message_s=message_s,
     )  # fmt: skip
 
@@ -126,20 +137,25 @@ def machine() -> tuple[Machine, float]:
 
 
 def _put_speed() -> float:
-    """Bytes a second into the object store, where its memory has been touched before."""
+    """Bytes a second into the object store, where its memory has been touched before: as in a run that is warm."""
     array = np.ones(25_000_000, np.float32)
     times = []
-    for _ in range(6):
+    for _ in range(20):
         start = time.perf_counter()
         ref = ray.put(array)
         times.append(time.perf_counter() - start)
         del ref
-    return array.nbytes / statistics.median(times[2:])
+        time.sleep(0.05)  # until its memory is free for the next
+    return array.nbytes / min(times)
 
 
 def _socket_speeds() -> tuple[float, float]:
     """Bytes that a core sends or receives in a second, and its seconds for a message of a byte."""
-    a, b = socket.socketpair()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        a = socket.create_connection(listening.getsockname())
+        b, _ = listening.accept()
+    for end in (a, b):
+        end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     big, small = 1 << 28, 2000
     block = memoryview(bytearray(1 << 20))
 
@@ -178,8 +194,7 @@ def _cpu_of(*parts: Callable[[], None]) -> float:
 def calibrated(seconds: float, steps: int, counts: tuple[int, int]) -> dict[str, Any]:
     """Costs and machine, and the measurements they are from. Ray has to be there."""
     few, many = (measured_steps(n, seconds, steps) for n in counts)
-    cut = measured_steps(counts[1], seconds, steps, shards=4)
-    part_s = max(0.0, (cut.cpu_s["driver"] - many.cpu_s["driver"]) / (3 * counts[1]))
+    cut = measured_steps(counts[1], seconds, steps, SHARDS)
     rates, message_s = machine()
-    costs = costs_of(few, many, part_s, message_s)
+    costs = costs_of(few, many, cut, message_s)
     return {"costs": asdict(costs), "machine": asdict(rates), "steps": [asdict(m) for m in (few, many, cut)]}
