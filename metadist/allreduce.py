@@ -20,8 +20,9 @@ import torch.distributed as dist
 from metadist.outer.gradient import Block, TreeSum, partial_sums
 from metadist.outer.partition import cut, part_of_options, part_of_snapshot
 from metadist.outer.update import norm_of
+from metadist.rounds import Lease, Report
 from metadist.server import ParameterServer
-from metadist.worker import Lease, LeaseWorker, Report
+from metadist.worker import LeaseWorker
 
 
 @dataclass(frozen=True)

@@ -140,12 +140,25 @@ def replay(run_dir: Path, version: int | None, as_json: bool, allow_code: bool) 
 @click.argument("config", type=click.Path(path_type=Path), required=False)
 @click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
 @click.option("--list", "list_members", is_flag=True, help="Name every member of every family.")
-def check(config: Path | None, overrides: tuple[str, ...], list_members: bool) -> None:
+@click.option("--microbatch-ms", type=click.FloatRange(min=0, min_open=True), help="Which a worker computes for.")
+@click.option("--model-mb", type=click.FloatRange(min=0, min_open=True), help="Of the model, in float32.")
+def check(
+    config: Path | None,
+    overrides: tuple[str, ...],
+    list_members: bool,
+    microbatch_ms: float | None,
+    model_mb: float | None,
+) -> None:
     """Validate CONFIG and print it with every default spelled out.
+
+    If it runs over Ray, comments at the end say what an update takes beside computing, as simulated; what most of that
+    is; and which topology or number of server shards would be clearly faster. --microbatch-ms and --model-mb are for
+    these.
 
     \b
     Example:
       metadist check configs/glyphs_maml.yaml outer.lr=1e-3
+      metadist check configs/glyphs_maml.yaml runtime.workers=16 --microbatch-ms 200
       metadist check --list
     """
     from metadist.config import load_config, to_yaml
@@ -159,7 +172,14 @@ def check(config: Path | None, overrides: tuple[str, ...], list_members: bool) -
         return
     if config is None:
         raise click.UsageError("give a CONFIG, or --list")
-    click.echo(to_yaml(load_config(config, overrides)), nl=False)
+    checked = load_config(config, overrides)
+    click.echo(to_yaml(checked), nl=False)
+    if checked.runtime.type == "ray":
+        from metadist.simulator import advice
+
+        seconds = None if microbatch_ms is None else microbatch_ms / 1e3
+        for line in advice.of_config(checked, seconds, None if model_mb is None else model_mb * 1e6):
+            click.echo(f"# {line}")
 
 
 @main.command()

@@ -10,8 +10,7 @@ import numpy as np
 
 from metadist.algorithms.base import PRE
 from metadist.algorithms.sequence import INSTANCE
-from metadist.experiment import EpisodeSize
-from metadist.worker import Round
+from metadist.rounds import EpisodeSize, Round
 
 _TASKS_TOGETHER, _BYTES_TOGETHER = 25, 1 << 30
 

@@ -20,6 +20,7 @@ from metadist.inner import Convolution, Engine, FunctionalModel
 from metadist.inner.kernels import available as kernels_available
 from metadist.inner.optimizers import make_optimizer
 from metadist.models import MLP, Conv4, Flatten, ResNet12
+from metadist.rounds import EpisodeSize
 from metadist.seeding import Rng
 from metadist.tasks.base import TaskSource
 
@@ -28,19 +29,6 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 
 PRODUCTS = {"bfloat16": torch.bfloat16}
 """What the factors of products are rounded to, where it differs."""
-
-
-@dataclass(frozen=True)
-class EpisodeSize:
-    """The size of an episode, where it differs from the config's ``tasks`` section; None where it does not."""
-
-    ways: int | None = None
-    shots: int | None = None
-    query_shots: int | None = None
-
-    def given(self) -> dict[str, int]:
-        """The numbers that differ."""
-        return {k: v for k, v in self.__dict__.items() if v is not None}
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ import torch
 from metadist.errors import RunDirError
 from metadist.experiment import Experiment
 from metadist.outer.gradient import Layout, placed
+from metadist.rounds import lease_of
 from metadist.server import ParameterServer
 from metadist.staleness import Applied
 from metadist.tracking.jsonl import append_line, keep_lines, read_lines, version_of
-from metadist.worker import MetaWorker, lease_of, training_round
+from metadist.worker import MetaWorker, training_round
 
 UPDATES = "updates.jsonl"
 

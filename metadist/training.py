@@ -23,6 +23,7 @@ from metadist.experiment import Experiment
 from metadist.history import UpdateLog
 from metadist.outer.gradient import Layout, sha256_of
 from metadist.resolve import in_words, resolve
+from metadist.rounds import Round
 from metadist.rundir import RunDirectory
 from metadist.runtime.asynchronous import AsynchronousController
 from metadist.runtime.backend import Backend
@@ -33,7 +34,7 @@ from metadist.staleness import Flow
 from metadist.stopping import Interrupted, StopSignals
 from metadist.storage import Store
 from metadist.tracking import ConsoleTracker, JsonlTracker, RunInfo, Trackers, WandbTracker
-from metadist.worker import Round, training_round
+from metadist.worker import training_round
 
 
 @dataclass

@@ -6,70 +6,20 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from dataclasses import replace
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from metadist.algorithms import Algorithm, Moment, TaskResults
+from metadist.algorithms import Algorithm, TaskResults
 from metadist.episode import EpisodeBatch
-from metadist.experiment import DTYPES, EpisodeSize, Experiment
+from metadist.experiment import DTYPES, Experiment
 from metadist.inner.memory import resident_growth
 from metadist.outer.gradient import Block, Layout, partial_sums
 from metadist.outer.wire import ErrorFeedback
+from metadist.rounds import Lease, Moment, Report, Round
 from metadist.seeding import Rng
-
-
-@dataclass(frozen=True)
-class Round:
-    """One meta-batch of training, or one evaluation: numbered tasks, cut into microbatches.
-
-    Args:
-        kind: ``train`` returns gradients, ``evaluate`` metrics alone.
-        version: of the meta-parameters it is computed with.
-        split: the classes it draws from.
-        stream: the sequence its episodes are numbered in.
-        first: number of its first episode.
-        tasks: how many episodes.
-        tasks_per_microbatch: episodes of a microbatch; the last may hold fewer.
-        size: of the episodes, where it differs from the config's.
-        held: rounds for which each microbatch keeps its episodes.
-    """
-
-    kind: Literal["train", "evaluate"]
-    version: int
-    split: str
-    stream: str
-    first: int
-    tasks: int
-    tasks_per_microbatch: int
-    size: EpisodeSize = EpisodeSize()
-    held: int = 1
-
-    @property
-    def microbatches(self) -> int:
-        return -(-self.tasks // self.tasks_per_microbatch)
-
-    def episodes(self, microbatch: int) -> range:
-        """Numbers of the episodes of one microbatch."""
-        first, start = self._first(microbatch), microbatch * self.tasks_per_microbatch
-        return range(first + start, first + min(start + self.tasks_per_microbatch, self.tasks))
-
-    def _first(self, microbatch: int) -> int:
-        """Number of the first episode of the meta-batch that the microbatch's episodes were drawn for."""
-        since = Moment(self.version, microbatch, self.microbatches).since(self.held)
-        return self.first + (self.held - 1 - since) * self.tasks
-
-
-@dataclass(frozen=True)
-class Lease:
-    """Consecutive microbatches ``[start, stop)`` of a round, lent to one worker. ``number`` is unique in a run."""
-
-    number: int
-    round: Round
-    start: int
-    stop: int
 
 
 def training_round(experiment: Experiment, version: int, held: int = 1) -> Round:
@@ -83,45 +33,6 @@ def training_round(experiment: Experiment, version: int, held: int = 1) -> Round
     outer, split = experiment.config.outer, experiment.train_split
     tasks = outer.meta_batch_size
     return Round("train", version, split, split, version * tasks, tasks, int(outer.tasks_per_microbatch), held=held)
-
-
-def lease_of(number: int, round: Round, microbatch: int) -> Lease:
-    """The lease of one microbatch, by its number in the run, at the version of ``round``.
-
-    Args:
-        number: of the lease.
-        round: any training round of that version.
-        microbatch: as microbatches follow one another in a synchronous run.
-    """
-    meta_batch, place = divmod(microbatch, round.microbatches)
-    return Lease(number, replace(round, first=meta_batch * round.tasks), place, place + 1)
-
-
-def microbatch_of(lease: Lease) -> int:
-    """The number in the run of a lease's first microbatch."""
-    return lease.round.first // lease.round.tasks * lease.round.microbatches + lease.start
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a lease gave, without the gradients.
-
-    Args:
-        metrics: one float64 array ``[tasks of the lease]`` a metric, in the order of the episodes.
-        compute_s: seconds of computing.
-        data_wait_s: seconds spent waiting for episodes.
-        bad_tasks: numbers of the episodes whose loss or gradient is not finite.
-        memory: bytes by which the worker's memory grew at most, since before its first microbatch.
-        programs: how many times the worker has traced or compiled something so far.
-    """
-
-    lease: Lease
-    metrics: dict[str, np.ndarray]
-    compute_s: float
-    data_wait_s: float
-    bad_tasks: list[int] = field(default_factory=list)
-    memory: int = 0
-    programs: int = 0
 
 
 class LeaseWorker(Protocol):

@@ -84,6 +84,7 @@ def _environment() -> dict[str, str]:
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     path = tmp_path_factory.mktemp("readme")
     (path / "configs").symlink_to(ROOT / "configs")
+    (path / "tools").symlink_to(ROOT / "tools")
     return Workspace(path)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from metadist.algorithms.losses import LossFunction, Objective
 from metadist.episode import Episode, EpisodeBatch, Examples
 from metadist.inner import Engine, FunctionalModel, InnerProblem, Tensors
+from metadist.rounds import Moment
 
 PRE = "pre_adaptation_"
 
@@ -45,37 +46,6 @@ class Plan:
         """Tasks of each microbatch."""
         starts = range(0, self.tasks, self.tasks_per_microbatch)
         return [min(self.tasks_per_microbatch, self.tasks - start) for start in starts]
-
-
-@dataclass(frozen=True)
-class Moment:
-    """Which piece of a run is being computed.
-
-    Args:
-        version: meta-updates made so far.
-        microbatch: number of the microbatch.
-        microbatches: how many there are in the meta-batch.
-        seed: for what the learner draws itself; another for each microbatch of each version, whoever computes it.
-        place: of the batch's first task in the microbatch; not 0 only where a part of it is computed again.
-    """
-
-    version: int = 0
-    microbatch: int = 0
-    microbatches: int = 1
-    seed: int = 0
-    place: int = 0
-
-    def since(self, held: int) -> int:
-        """Meta-updates since the microbatch's tasks were drawn, in ``[0, held)``, if each is held for ``held``.
-
-        Microbatches draw theirs at different times, so that no update is made of new tasks alone. At version 0
-        most are thus part of the way to their first change; :meth:`starts` says when work on a task begins.
-        """
-        return (self.version + self.microbatch * held // self.microbatches) % held
-
-    def starts(self, held: int) -> bool:
-        """Whether the microbatch's tasks are new at this version."""
-        return self.version == 0 or self.since(held) == 0
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from collections import deque
 from dataclasses import replace
 from typing import Any
 
+from metadist.rounds import Lease, Report, Round, lease_of, microbatch_of
 from metadist.runtime.backend import Backend
 from metadist.runtime.controller import POLL_S, Controller, RoundResult, gathered, not_finite
 from metadist.runtime.leases import Ledger
 from metadist.staleness import Applied, Flow
-from metadist.worker import Lease, Report, Round, lease_of, microbatch_of
 
 
 class AsynchronousController(Controller):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from metadist.errors import ServerLostError
-from metadist.worker import Lease, Report
+from metadist.rounds import Lease, Report
 
 # glibc hands large temporaries back to the system at once and pays for them again at each step.
 ALLOCATOR = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000:glibc.malloc.top_pad=67108864"

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from metadist.errors import ClusterError, NonFiniteError
+from metadist.rounds import Lease, Report, Round
 from metadist.runtime.backend import Backend, Computed, Died, Event, Left, Moved
 from metadist.runtime.leases import Ledger
 from metadist.runtime.pace import Pace
 from metadist.staleness import Applied
-from metadist.worker import Lease, Report, Round
 
 POLL_S, _LEAST_S = 1.0, 0.001
 _ALONE_S = 300.0
@@ -181,7 +181,7 @@ class Controller:
         idle = self.backend.idle()
         leases = self._ledger.deal(idle, now, functools.partial(self.pace.shares, kind))
         taken = {worker for worker, _ in leases}
-        spare = [w for w in idle if w not in taken]
+        spare = [w for w in idle if w not in taken] if taken else idle
         for worker, lease in leases + self._ledger.deal_again(spare, now, self._patience):
             self._ask(worker, lease, now)
 
@@ -196,16 +196,19 @@ class Controller:
         """Seconds to wait for news: no longer than until somebody idle could take over from somebody late."""
         if not self.backend.idle():
             return POLL_S
-        now = self.clock()
-        late = [since + self._patience(lease) - now for _, lease, since in self._ledger.held()]
-        return max(_LEAST_S, min([POLL_S, *(s for s in late if s > -_LEAST_S)]))
+        return max(_LEAST_S, min(POLL_S, self._ledger.next_late(self.clock(), self._patience, _LEAST_S)))
 
     def _dismiss_silent(self) -> None:
         """Dismisses workers that hold a lease, of this round or an earlier one, for too long."""
         now = self.clock()
-        for worker, (lease, since) in list(self._asked.items()):
+        silent = []
+        for worker, (lease, since) in self._asked.items():
+            if now - since <= self.pace.timeout_s:
+                break  # those after it were asked later
             if now - since > self.pace.end_of_patience(lease.round.kind, worker):
-                self._heard(self.backend.dismiss(worker, f"silent for {now - since:.0f} s"))
+                silent.append((worker, now - since))
+        for worker, seconds in silent:
+            self._heard(self.backend.dismiss(worker, f"silent for {seconds:.0f} s"))
 
     def _heard(self, event: Event) -> None:
         if isinstance(event, Computed):

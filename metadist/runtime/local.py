@@ -11,9 +11,10 @@ import torch
 from metadist.errors import ServerLostError
 from metadist.experiment import Experiment
 from metadist.outer.gradient import Block, placed
+from metadist.rounds import Lease
 from metadist.runtime.backend import Computed, Died, Event
 from metadist.server import ParameterServer
-from metadist.worker import Lease, MetaWorker
+from metadist.worker import MetaWorker
 
 
 class LocalBackend:

@@ -27,6 +27,7 @@ class Pace:
         self.timeout_s = timeout_s
         self._seconds: dict[tuple[str, int], float] = {}
         self._answered: set[tuple[str, int]] = set()
+        self._typical: dict[str, float | None] = {}  # asked for at every lease that is looked at
 
     def note(self, kind: str, worker: int, microbatches: int, seconds: float) -> None:
         """Takes an answer into account.
@@ -43,12 +44,14 @@ class Pace:
         new = seconds / microbatches
         old = self._seconds.get((kind, worker), new)
         self._seconds[kind, worker] = old + _WEIGHT * (new - old)
+        self._typical.pop(kind, None)
 
     def forget(self, worker: int) -> None:
         """A worker is gone."""
         for kind in ("train", "evaluate"):
             self._answered.discard((kind, worker))
             self._seconds.pop((kind, worker), None)
+            self._typical.pop(kind, None)
 
     def pass_over(self, kind: str, workers: Sequence[int]) -> None:
         """These got no lease of a round: what is known of them fades, so that they are tried again some time."""
@@ -56,11 +59,14 @@ class Pace:
         for worker in workers:
             if typical is not None and (kind, worker) in self._seconds:
                 self._seconds[kind, worker] += _FADE * (typical - self._seconds[kind, worker])
+        self._typical.pop(kind, None)
 
     def typical(self, kind: str) -> float | None:
         """Seconds of a microbatch, the median over the workers; None while nothing is known."""
-        known = [s for (k, _), s in self._seconds.items() if k == kind]
-        return median(known) if known else None
+        if kind not in self._typical:
+            known = [s for (k, _), s in self._seconds.items() if k == kind]
+            self._typical[kind] = median(known) if known else None
+        return self._typical[kind]
 
     def shares(self, kind: str, microbatches: int, workers: Sequence[int]) -> list[int]:
         """How many microbatches each worker gets for the last of them to be done soonest."""

@@ -22,12 +22,13 @@ from ray.exceptions import ActorDiedError, RayError, RayTaskError
 from metadist.config.schema import WorkersRange
 from metadist.errors import ClusterError, MetadistError, ServerLostError, first_line
 from metadist.experiment import Experiment
+from metadist.rounds import Lease
 from metadist.runtime.backend import Computed, Died, Event, Joined, Left, Moved
 from metadist.runtime.cluster import connect, draining_nodes, plan_workers
 from metadist.runtime.ray_server import RayServer, cause_of, kill, server_is_gone
 from metadist.runtime.recovery import GiveUp, Kind, Limits, Loss, Losses
 from metadist.runtime.transport import Transport, transport_named
-from metadist.worker import Lease, LeaseWorker, MetaWorker
+from metadist.worker import LeaseWorker, MetaWorker
 
 _START_TIMEOUT_S = 300.0
 _MEMBERSHIP_S = 1.0

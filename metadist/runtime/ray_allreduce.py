@@ -18,10 +18,10 @@ from metadist.allreduce import Member, Update, join
 from metadist.errors import ServerLostError, first_line
 from metadist.experiment import Experiment
 from metadist.outer.partition import joined_snapshot
+from metadist.rounds import Lease, Report
 from metadist.runtime.backend import Died, Event
 from metadist.runtime.ray import Handle, RayBackend, WorkerProcess
 from metadist.runtime.ray_server import cause_of, kill
-from metadist.worker import Lease, Report
 
 
 @ray.remote

@@ -24,9 +24,9 @@ from metadist.outer.gradient import Block, TreeSum, placed
 from metadist.outer.partition import cut, joined_snapshot, part_of_options, part_of_snapshot
 from metadist.outer.update import norm_of
 from metadist.outer.wire import widened
+from metadist.rounds import Lease
 from metadist.runtime.transport import Transport
 from metadist.server import ParameterServer
-from metadist.worker import Lease
 
 _START_TIMEOUT_S = 60.0
 

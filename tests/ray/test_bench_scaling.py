@@ -1,4 +1,4 @@
-"""The scaling benchmark: its simulation, its two parts at small sizes, and the check of the weights."""
+"""The scaling benchmark: what its predictions are of, its two parts at small sizes, and the check of the weights."""
 
 from __future__ import annotations
 
@@ -9,25 +9,55 @@ from pathlib import Path
 
 import pytest
 
+from metadist.simulator import Costs
 from tools.bench import scaling
-from tools.bench.distribution_parts.simulator import Costs, simulated_step
+from tools.bench.distribution_parts.calibration import Measured, costs_of, cpu_seconds
+
+BUSY = """
+import time
+while time.process_time() < 0.25:
+    pass
+print("done", flush=True)
+time.sleep(60)
+"""
 
 
-def test_the_simulation_is_exact_where_the_answer_is_known() -> None:
-    free = Costs(0.0, 0.0)
-    assert simulated_step(16, 0.2, free) == pytest.approx(0.2)
-    # One worker: half a message out, the microbatch, half a message back, the commit.
-    assert simulated_step(1, 0.2, Costs(0.01, 0.004)) == pytest.approx(0.2 + 0.004 + 0.01)
-    # Nothing to compute: messages alone.
-    assert simulated_step(8, 0.0, Costs(0.01, 0.004)) == pytest.approx(8 * 0.004 + 0.01)
-    # Leases go out half a message apart, and so the answers come back: all but the last are taken in time.
-    assert simulated_step(8, 0.2, Costs(0.0, 0.004)) == pytest.approx(8 * 0.002 + 0.2 + 0.002)
+def measured(workers: int, driver: float, worker: float, server: float, services: float) -> Measured:
+    return Measured(workers, 0.3, {"driver": driver, "worker": worker, "server": server, "services": services})
 
 
-def test_constants_come_from_two_measurements() -> None:
-    made = Costs.of((2, 0.014), (8, 0.038))
-    assert (made.fixed, made.message) == (pytest.approx(0.006), pytest.approx(0.004))
-    assert Costs.of((2, 0.02), (8, 0.01)).message == 0.0
+def test_costs_are_what_grows_with_the_workers_and_what_does_not() -> None:
+    few, many = measured(2, 0.009, 0.008, 0.005, 0.020), measured(12, 0.029, 0.060, 0.015, 0.040)
+    cut = measured(12, 0.029 + 0.036, 0.060 + 0.018, 0.5, 0.040 + 0.018)
+    costs = costs_of(few, many, cut, message_s=0.25)
+    assert (costs.lease_s, costs.answer_s, costs.step_s) == pytest.approx((0.001, 0.001, 0.005))
+    # A worker's 4 ms with one other, 5 ms with eleven: a tenth more for each. What Ray runs beside the workers is part
+    # of a lease as far as it grows with them.
+    assert costs.crowd_s == pytest.approx(0.0001)
+    assert (costs.worker_s, costs.add_s, costs.commit_s) == pytest.approx((0.0039 + 0.002, 0.001, 0.003))
+    # Three shards more, for each of twelve workers.
+    assert (costs.part_s, costs.worker_part_s, costs.message_s) == pytest.approx((0.001, 0.001, 0.25))
+    # A noisy machine: nothing costs less than nothing.
+    noise = costs_of(few, measured(12, 0.001, 0.001, 0.001, 0.001))
+    assert noise.lease_s == noise.crowd_s == 0.0
+
+
+def test_cpu_seconds_are_those_of_this_process_and_of_what_it_started() -> None:
+    before = cpu_seconds()
+    subprocess.run([sys.executable, "-c", "while __import__('time').process_time() < 0.2: pass"], check=True)
+    ended = cpu_seconds()
+    with subprocess.Popen([sys.executable, "-c", BUSY], stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None and child.stdout.readline() == b"done\n"
+        during = cpu_seconds()
+        child.kill()
+    assert during["services"] - ended["services"] >= 0.2  # to a tick of a hundredth
+    assert during["driver"] >= ended["driver"] >= before["driver"] > 0
+
+
+def test_a_prediction_adds_the_costs_to_the_wait() -> None:
+    assert scaling.predicted_step(4, 0.2, Costs()) == pytest.approx(0.2, abs=2e-3)
+    few, many = (scaling.predicted_step(n, 0.2, Costs(worker_s=0.05)) for n in (4, 64))
+    assert 0.2 < few < many
 
 
 def test_plain_steps_share_equally_and_wait() -> None:

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from metadist.errors import NonFiniteError
 from metadist.outer.gradient import partial_sums
+from metadist.rounds import Lease, Round, lease_of, microbatch_of
 from metadist.runtime.asynchronous import AsynchronousController
 from metadist.runtime.backend import Computed, Event
 from metadist.runtime.controller import RoundResult
 from metadist.staleness import Applied, Flow
-from metadist.worker import Lease, Round, lease_of, microbatch_of
 from tests.runtime.test_controller import HISTORY, LOSSES, TASKS, TIMEOUT_S, Scripted, training_round
 
 PER_ROUND = training_round(0).microbatches

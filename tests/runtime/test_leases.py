@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -115,6 +118,21 @@ def test_losing_one_of_two_holders_makes_nothing_wait() -> None:
     ledger.deal_again([1], now=9.0, patience=FIVE)
     assert ledger.lose(0) == 0 and ledger.deal([2], now=9.0) == []
     assert ledger.lose(1) == 1
+
+
+def test_the_next_to_be_late_is_known_for_each_size_of_lease() -> None:
+    ledger = Ledger(round_of(5))
+    assert ledger.next_late(0.0, FIVE, 0.5) == math.inf
+    ledger.deal([0, 1], now=0.0, shares=lambda *_: [3, 1])
+    ledger.deal([2], now=2.0)
+
+    def a_second_each(lease: Lease) -> float:
+        return 1.0 * (lease.stop - lease.start)
+
+    assert ledger.next_late(0.5, a_second_each, 0.0) == 0.5  # the second, of one microbatch
+    assert ledger.next_late(2.0, a_second_each, 0.5) == 1.0  # it is late; the others are so a second from now
+    assert ledger.next_late(1.2, a_second_each, 0.5) == pytest.approx(-0.2)  # late so shortly that it counts as next
+    assert ledger.next_late(9.0, a_second_each, 0.5) == math.inf
 
 
 def test_the_oldest_silence_is_served_first() -> None:

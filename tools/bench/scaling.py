@@ -3,8 +3,11 @@
 Workers are emulated: they wait for a given time where they would compute, so that a machine with two cores can hold 64
 of them. Leases, object store, sum, update and commit are the real ones.
 
-``scaling``: steps of one microbatch a worker. Efficiency is the wait over the step; beside it stands what a simulation
-of the messages predicts, whose two constants are measured in the same run with steps that wait for nothing.
+``scaling``: steps of one microbatch a worker. Efficiency is the wait over the step. Beside it stands what
+``metadist.simulator`` predicts: the controller's own code over modelled workers, which share this machine's cores. Its
+costs of messages are CPU seconds, measured in the same run before the curve, in steps of 3 and of 24 workers with the
+same wait: what grows with the workers is taken for a lease's, the rest for a step's. No time of a step goes into them,
+and the curve has neither of these numbers of workers unless --workers asks for one.
 ``straggler``: eight workers, one of them five times slower, with one microbatch for each; and one ten times slower,
 with four for each. Plain synchronous steps (equal shares, nothing leased twice), those of the controller, which deals
 by measured speed and leases again what is late, and steps of eight equal workers, in turns. The weights after as many
@@ -14,6 +17,7 @@ steps are checked to be the same in all three.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import functools
 import os
@@ -32,30 +36,20 @@ sys.path.insert(0, str(ROOT))  # for tools.bench, from wherever this is run, and
 
 from metadist.config.schema import RuntimeConfig  # noqa: E402
 from metadist.runtime.cluster import connect  # noqa: E402
-from metadist.runtime.leases import equal_shares  # noqa: E402
-from metadist.runtime.pace import Pace  # noqa: E402
+from metadist.simulator import Arrangement, Cluster, Compute, Costs, PlainPace, Work, simulate  # noqa: E402
+from metadist.simulator.presets import this_machine  # noqa: E402
 from tools.bench._tables import cells, keep_rows, show_table  # noqa: E402
-from tools.bench.distribution_parts.emulated import EmulatedRun, OneSlowWorker  # noqa: E402
-from tools.bench.distribution_parts.simulator import Costs, simulated_step  # noqa: E402
+from tools.bench.distribution_parts.calibration import Measured, costs_of, measured_steps  # noqa: E402
+from tools.bench.distribution_parts.emulated import EmulatedRun, OneSlowWorker, numbers  # noqa: E402
 
 SCALING = ("workers", "microbatch_ms", "ms_per_step", "efficiency", "predicted_ms", "measured_over_predicted")
 STRAGGLER = (
     "workers", "slow_by", "microbatches", "microbatch_ms", "plain_ms", "equal_ms", "ms_per_step", "ratio_to_plain",
     "ratio_to_equal", "releases",
 )  # fmt: skip
-CALIBRATION = (2, 8)
+CALIBRATION = (3, 24)
 WARM_UP, EIGHT = 4, 8
 SLOW = ((5.0, 1), (10.0, 4))
-
-
-class PlainPace(Pace):
-    """Equal shares, and nothing is late before it hangs."""
-
-    def shares(self, kind: str, microbatches: int, workers: Sequence[int]) -> list[int]:
-        return equal_shares(microbatches, workers)
-
-    def patience(self, kind: str, microbatches: int) -> float:
-        return self.timeout_s
 
 
 def step_times(run: EmulatedRun, steps: int) -> list[float]:
@@ -68,29 +62,27 @@ def step_times(run: EmulatedRun, steps: int) -> list[float]:
     return times
 
 
-def median_step(workers: int, seconds: float, steps: int) -> float:
-    """The median of a step's seconds, once it is warm."""
-    run = EmulatedRun("conv4", workers, seconds=seconds)
-    try:
-        step_times(run, WARM_UP)
-        return statistics.median(step_times(run, steps))
-    finally:
-        run.close()
+def predicted_step(workers: int, seconds: float, costs: Costs) -> float:
+    """Seconds of a step, as simulated."""
+    here = this_machine()
+    work = Work(workers, 4.0 * numbers("conv4"), Compute(seconds))
+    return simulate(work, Arrangement(), Cluster(here.machine, here.network, costs)).step_s
 
 
-def scaling(counts: Sequence[int], seconds: float, steps: int) -> list[dict[str, Any]]:
-    """A row for each number of workers."""
-    few, many = CALIBRATION
-    costs = Costs.of((few, median_step(few, 0.0, 10 * steps)), (many, median_step(many, 0.0, 10 * steps)))
+def scaling(counts: Sequence[int], seconds: float, steps: int) -> tuple[list[dict[str, Any]], list[Measured]]:
+    """A row for each number of workers, and what the predictions are made of."""
+    basis = [measured_steps(workers, seconds, steps) for workers in CALIBRATION]
+    costs = costs_of(basis[0], basis[1])
     rows = []
     for workers in counts:
-        measured, predicted = median_step(workers, seconds, steps), simulated_step(workers, seconds, costs)
+        found, predicted = measured_steps(workers, seconds, steps), predicted_step(workers, seconds, costs)
         rows.append({
-            "workers": workers, "microbatch_ms": 1e3 * seconds, "ms_per_step": 1e3 * measured,
-            "efficiency": seconds / measured, "predicted_ms": 1e3 * predicted,
-            "measured_over_predicted": measured / predicted, "steps": steps,
+            "workers": workers, "microbatch_ms": 1e3 * seconds, "ms_per_step": 1e3 * found.step_s,
+            "efficiency": seconds / found.step_s, "predicted_ms": 1e3 * predicted,
+            "measured_over_predicted": found.step_s / predicted, "steps": steps,
+            "cpu_ms": {kind: 1e3 * s for kind, s in found.cpu_s.items()},
         })  # fmt: skip
-    return rows
+    return rows, basis
 
 
 def straggler(seconds: float, steps: int, slow_by: float, each: int, rounds: int = 3) -> dict[str, Any]:
@@ -159,10 +151,11 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
 def main(words: list[str] | None = None) -> None:
     options = arguments(words)
     rows: list[dict[str, Any]] = []
+    basis: list[Measured] = []
     connect(RuntimeConfig(workers=max([*options.workers, *CALIBRATION, 3 * EIGHT])))
     try:
         if options.only != "straggler":
-            rows = scaling(options.workers, options.seconds, options.steps)
+            rows, basis = scaling(options.workers, options.seconds, options.steps)
             show_table(SCALING, [cells(row, SCALING) for row in rows], "scaling", words=0)
         if options.only != "scaling":
             slow = [straggler(options.seconds, options.steps, slow_by, each) for slow_by, each in SLOW]
@@ -171,8 +164,10 @@ def main(words: list[str] | None = None) -> None:
     finally:
         ray.shutdown()
     if options.json:
-        setup = {"date": datetime.date.today().isoformat(), "cpu_cores": os.cpu_count(), "ray": ray.__version__}
-        keep_rows(options.json, rows, setup)
+        keep_rows(options.json, rows, {
+            "date": datetime.date.today().isoformat(), "cpu_cores": os.cpu_count(), "ray": ray.__version__,
+            "calibrated_with": [dataclasses.asdict(measured) for measured in basis],
+        })  # fmt: skip
 
 
 if __name__ == "__main__":

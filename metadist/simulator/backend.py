@@ -1,0 +1,459 @@
+"""Workers and a parameter server that are modelled, for the controller to drive on a virtual clock."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from metadist.errors import ServerLostError
+from metadist.rounds import Lease, Report
+from metadist.runtime.backend import Computed, Died, Event, Joined
+from metadist.simulator.cluster import BYTES_A_NUMBER, Arrangement, Cluster, Work
+from metadist.simulator.events import Events, Link, Process, Shared, Then
+
+HOLD_BYTES = float(1 << 31)
+"""Gradients that a shard lets wait before it adds them up (:class:`metadist.outer.gradient.TreeSum`)."""
+
+
+class Node:
+    """A machine: its cores, its memory, its link, the process that sums for it, and the weights that came to it."""
+
+    def __init__(self, events: Events, cluster: Cluster) -> None:
+        self.cores = Shared(events, cluster.machine.cores)
+        self.memory = Shared(events, cluster.machine.threads)
+        self.link = Link(events, cluster.network.bytes_per_s)
+        self.sums = Process(self.cores, self.memory)
+        self.gathered: set[int] = set()
+        self.workers = 0
+        self.busy = 0
+        self.version = -1
+        self.coming = 0
+        self.waiting: list[Then] = []
+
+
+class Worker:
+    """A worker: its node, the lease it holds, whether it lives."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self.lease: Lease | None = None
+        self.lives = True
+
+
+class Shard:
+    """A part of the server: its process, its node, and the bytes of gradients that wait to be added up."""
+
+    def __init__(self, node: Node) -> None:
+        self.node, self.process = node, Process(node.cores, node.memory)
+        self.held = 0.0
+
+
+class SimulatedBackend:
+    """A :class:`metadist.runtime.backend.Backend` whose workers and server take time and nothing else.
+
+    Weights come to each node once; gradients go to every shard as they are accepted, in as many partial sums as the
+    tree leaves of a lease; a shard adds them up when the update is made, or before where they are too many to hold.
+
+    Args:
+        work, arrangement, cluster: what is simulated.
+    """
+
+    def __init__(self, work: Work, arrangement: Arrangement, cluster: Cluster) -> None:
+        self.work, self.arrangement, self.cluster = work, arrangement, cluster
+        self.costs, self.machine = cluster.costs, cluster.machine
+        self.events = Events()
+        self.nodes = [Node(self.events, cluster) for _ in range(cluster.nodes(work.workers))]
+        self.shards = [Shard(self.nodes[s % len(self.nodes)]) for s in range(arrangement.server_shards)]
+        self.version, self.deaths = 0, 0
+        self._workers: dict[int, Worker] = {}
+        self._idle: list[int] = []
+        self._next_worker = 0
+        self._news: list[Event] = []
+        self._answered: dict[int, Worker] = {}
+        self._count = 0
+        self._on_their_way = 0
+        self._unsettled = 0
+        for i in range(work.workers):
+            self._join(self.nodes[i // (cluster.workers_per_node or work.workers)])
+
+    def clock(self) -> float:
+        """The time, in seconds."""
+        return self.events.now
+
+    # ----------------------------------------------------------------- what a controller calls
+
+    def start(self, snapshot: dict[str, Any], outer: dict[str, Any]) -> None:
+        """Nothing: everybody is there from the beginning."""
+
+    def idle(self) -> list[int]:
+        return list(self._idle)
+
+    def workers(self) -> list[int]:
+        return list(self._workers)
+
+    def lease(self, worker: int, lease: Lease) -> None:
+        self._think(self.costs.lease_s)
+        self._idle.remove(worker)
+        found = self._workers[worker]
+        found.lease = lease
+        found.node.busy += 1
+        self._later(found.node, partial(self._received, worker, found, lease, self.version))
+
+    def wait(self, timeout: float) -> list[Event]:
+        self.events.run(lambda: bool(self._news), self.events.now + timeout)
+        news, self._news = self._news, []
+        heard: list[Event] = []
+        for event in news:
+            if isinstance(event, Computed):
+                self._think(self.costs.answer_s)
+                heard += self._heard(event)
+            elif not isinstance(event, Died) or event.worker in self._workers:
+                if isinstance(event, Died):
+                    self._remove(event.worker)
+                heard.append(event)
+        return heard
+
+    def dismiss(self, worker: int, reason: str) -> Died:
+        self._workers[worker].lives = False
+        self._remove(worker)
+        return Died(worker, reason)
+
+    def accept(self, lease: Lease, version: int, count: int, slot: int | None = None, weight: float = 1.0) -> None:
+        self._think(self.costs.part_s * (len(self.shards) - 1))
+        node = self._answered.pop(lease.number).node
+        numbers = range(lease.start, lease.stop) if slot is None else [slot]
+        self._count = count
+        self._unsettled += 1
+        if not self.arrangement.node_sums:
+            self._send(node, sums_of(numbers, count))
+            return
+        node.gathered |= set(numbers)
+        self._on_their_way += 1
+        node.sums.submit(self.costs.add_s, 0.0, self._arrived)
+        if not node.busy:
+            self._pass_on(node)
+
+    def drop(self, lease: Lease) -> None:
+        self._answered.pop(lease.number, None)
+
+    def settle(self) -> list[Lease]:
+        for node in self.nodes:
+            self._pass_on(node)
+        self.events.run(lambda: not self._on_their_way)
+        self._unsettled = 0
+        return []
+
+    def commit(self, version: int, tasks: float, slots: Sequence[int] | None = None) -> dict[str, float]:
+        size = self.work.model_bytes / len(self.shards)
+        update = size / BYTES_A_NUMBER / self.machine.updates_per_s + 2 * size / self.machine.copy_bytes_per_s
+        sums = [self._sum_s(shard.held, size) for shard in self.shards]
+        if len(self.shards) > 1:
+            self._ask_all([(shard, took) for shard, took in zip(self.shards, sums, strict=True)])
+            sums = [0.0 for _ in sums]
+        self._ask_all([(shard, took + update) for shard, took in zip(self.shards, sums, strict=True)])
+        self._think(self.costs.step_s)
+        for shard in self.shards:
+            shard.held = 0.0
+        self.version += 1
+        return {}
+
+    def restore(self, snapshot: dict[str, Any], error: ServerLostError) -> None:
+        raise AssertionError("a simulated server is never lost")
+
+    def snapshot(self) -> dict[str, Any]:
+        return {"version": self.version}
+
+    def restarts(self) -> dict[str, int]:
+        return {"worker": self.deaths, "server": 0}
+
+    def describe(self) -> dict[str, Any]:
+        return {"type": "simulated", "workers": self.work.workers, "device": "none"}
+
+    def close(self) -> None:
+        """Nothing."""
+
+    # ----------------------------------------------------------------- the driver
+
+    def _think(self, seconds: float) -> None:
+        """The driver, which does one thing after another, takes a core for so long; the others go on meanwhile."""
+        if seconds > 0.0:
+            done: list[bool] = []
+            self.nodes[0].cores.submit(seconds, lambda: done.append(True))
+            self.events.run(lambda: bool(done))
+
+    def _later(self, node: Node, then: Then) -> None:
+        """A message between the driver and a node, either way."""
+        away = node is not self.nodes[0]
+        self.events.at(self.events.now + (self.cluster.network.latency_s if away else 0.0), then)
+
+    def _ask_all(self, asked: Iterable[tuple[Shard, float]]) -> None:
+        """Asks shards for something that takes the memory so many seconds, and waits for them all."""
+        waiting = 0
+        answers: list[bool] = []
+        for shard, memory_s in asked:
+            waiting += 1
+            answer = partial(self._later, shard.node, lambda: answers.append(True))
+            ask = partial(shard.process.submit, self.costs.commit_s, memory_s, answer)
+            self._later(shard.node, ask)
+        self.events.run(lambda: len(answers) == waiting)
+
+    # ----------------------------------------------------------------- workers
+
+    def _join(self, node: Node) -> int:
+        number, self._next_worker = self._next_worker, self._next_worker + 1
+        worker = self._workers[number] = Worker(node)
+        node.workers += 1
+        bisect.insort(self._idle, number)
+        lives = self.work.deaths.after(number)
+        if lives < float("inf"):
+            self.events.at(self.events.now + lives, partial(self._die, number, worker))
+        return number
+
+    def _die(self, number: int, worker: Worker) -> None:
+        worker.lives = False
+        if worker.lease is not None:
+            self._news.append(Died(number, "killed"))
+
+    def _remove(self, number: int) -> None:
+        """A worker is gone; a replacement comes some time later."""
+        worker = self._workers.pop(number)
+        worker.node.workers -= 1
+        if worker.lease is not None:
+            worker.node.busy -= 1
+        elif number in self._idle:
+            self._idle.remove(number)
+        self.deaths += 1
+
+        def replaced() -> None:
+            self._news.append(Joined(self._join(worker.node)))
+
+        self.events.at(self.events.now + self.work.deaths.replacement_s, replaced)
+
+    def _received(self, number: int, worker: Worker, lease: Lease, version: int) -> None:
+        if not worker.lives:  # it had died with nothing to do, which is seen when it is asked
+            self._news.append(Died(number, "killed"))
+            return
+        self._with_weights(worker.node, version, partial(self._awake, number, worker, lease))
+
+    def _with_weights(self, node: Node, version: int, then: Then) -> None:
+        """Goes on once the weights of ``version`` are on a node, which fetches them once from every shard."""
+        if version > node.version:
+            node.version, node.waiting = version, []
+            away = [shard for shard in self.shards if shard.node is not node]
+            node.coming = len(away)
+            size = self.work.model_bytes / len(self.shards)
+            for shard in away:
+                came = partial(self._came, node, version)
+                shard.node.link.send(node.link, size, self.cluster.network.latency_s, came)
+        if version == node.version and node.coming:
+            node.waiting.append(then)
+        else:
+            then()
+
+    def _came(self, node: Node, version: int) -> None:
+        if version == node.version:
+            node.coming -= 1
+            if not node.coming:
+                waiting, node.waiting = node.waiting, []
+                for then in waiting:
+                    then()
+
+    def _awake(self, number: int, worker: Worker, lease: Lease) -> None:
+        """It reads the weights, computes, writes what it found, and answers."""
+        compute = self.work.compute
+        seconds = compute.draw(lease.round.version, lease.start, lease.stop, number)
+        copy = self.machine.copy_bytes_per_s
+        given = sums_of(range(lease.start, lease.stop), lease.round.microbatches)
+        read, write = self.work.model_bytes / copy, given * self._gradient_bytes / copy
+        node = worker.node
+        more_s = self.costs.crowd_s * (node.workers - 1) + self.costs.worker_part_s * max(0, len(self.shards) - 1)
+        awake_s = (self.costs.worker_s + more_s) / 2
+
+        def computes() -> None:
+            if compute.on_cores:
+                node.cores.submit(seconds, computed)
+            else:
+                self.events.at(self.events.now + seconds, computed)
+
+        def computed() -> None:
+            self._in_turn(node, awake_s, write, lambda: self._later(node, answer))
+
+        def answer() -> None:
+            if worker.lives:
+                tasks = sum(len(lease.round.episodes(m)) for m in range(lease.start, lease.stop))
+                self._news.append(Computed(number, Report(lease, {"loss": np.zeros(tasks)}, seconds, 0.0)))
+
+        self._in_turn(node, awake_s, read, computes)
+
+    @staticmethod
+    def _in_turn(node: Node, cpu_s: float, memory_s: float, then: Then) -> None:
+        node.cores.submit(cpu_s, lambda: node.memory.submit(memory_s, then))
+
+    def _heard(self, event: Computed) -> list[Event]:
+        worker = self._workers.get(event.worker)
+        if worker is None:
+            return []  # it died, or was dismissed, while its answer was being heard
+        worker.lease = None
+        worker.node.busy -= 1
+        bisect.insort(self._idle, event.worker)
+        self._answered[event.report.lease.number] = worker
+        return [event]
+
+    # ----------------------------------------------------------------- gradients
+
+    @property
+    def _gradient_bytes(self) -> float:
+        return self.work.model_bytes * self.arrangement.wire_bytes / BYTES_A_NUMBER
+
+    def _sum_s(self, held: float, written: float) -> float:
+        """Seconds in which a shard adds up ``held`` bytes; a single gradient is copied at best."""
+        return (held + written) / self.machine.sum_bytes_per_s if held else 0.0
+
+    def _send(self, node: Node, sums: int) -> None:
+        """Sends every shard its part of so many partial sums that are on ``node``."""
+        size = sums * self._gradient_bytes / len(self.shards)
+        for shard in self.shards:
+            self._on_their_way += 1
+            take = partial(self._taken, shard, size)
+            if shard.node is node:
+                self.events.at(self.events.now, take)
+            else:
+                node.link.send(shard.node.link, size, self.cluster.network.latency_s, take)
+
+    def _taken(self, shard: Shard, size: float) -> None:
+        shard.held += size
+        adding = 0.0
+        if shard.held > HOLD_BYTES:
+            one = self.work.model_bytes / len(self.shards)
+            adding, shard.held = self._sum_s(shard.held, one), one
+        shard.process.submit(self.costs.add_s, adding, self._arrived)
+
+    def _arrived(self) -> None:
+        self._on_their_way -= 1
+
+    def _pass_on(self, node: Node) -> None:
+        """What a node has summed goes to the server."""
+        if not node.gathered:
+            return
+        gathered, node.gathered = node.gathered, set()
+        left = sums_of(gathered, self._count)
+        read = (len(gathered) + left) * self._gradient_bytes
+        memory_s = read / self.machine.sum_bytes_per_s + left * self._gradient_bytes / self.machine.copy_bytes_per_s
+        self._on_their_way += 1
+
+        def summed() -> None:
+            self._send(node, left)
+            self._on_their_way -= 1
+
+        node.sums.submit(self.costs.add_s, memory_s, summed)
+
+
+class SimulatedAllReduce(SimulatedBackend):
+    """The same without a server: the workers exchange partial sums, add up a part each, and gather the weights.
+
+    As :class:`metadist.allreduce.Member` does, in order or not. What the members of a node send to one another takes
+    its cores alone, the rest its link as well.
+    """
+
+    def __init__(self, work: Work, arrangement: Arrangement, cluster: Cluster) -> None:
+        super().__init__(work, arrangement, cluster)
+        self.shards = []
+        self._sums = [0] * work.workers
+
+    def accept(self, lease: Lease, version: int, count: int, slot: int | None = None, weight: float = 1.0) -> None:
+        worker = self._answered.pop(lease.number)
+        rank = next(n for n, w in self._workers.items() if w is worker)
+        self._sums[rank] += sums_of(range(lease.start, lease.stop), count)
+
+    def settle(self) -> list[Lease]:
+        return []
+
+    def commit(self, version: int, tasks: float, slots: Sequence[int] | None = None) -> dict[str, float]:
+        self._think(self.costs.part_s * self.work.workers)
+        self._everybody(lambda rank: self.costs.commit_s, lambda rank: 0.0)
+        if self.arrangement.topology == "allreduce":
+            self._ordered()
+        else:
+            self._plain()
+        self._think(self.costs.step_s)
+        self._sums = [0] * self.work.workers
+        self.version += 1
+        return {}
+
+    def _with_weights(self, node: Node, version: int, then: Then) -> None:
+        then()
+
+    def _ordered(self) -> None:
+        ranks, size = self.work.workers, self.work.model_bytes
+        part, others = size / ranks, (ranks - 1) / ranks
+        sums = max(1, sum(self._sums))
+        sent, received = [own * size * others for own in self._sums], sums * part * others
+        self._exchange(sent, received, self._across(sent, received), ranks - 1, 1)
+        self._everybody(lambda rank: 0.0, lambda rank: self._sum_s(sums * part, part))
+        self._exchange([0.0] * ranks, 0.0, 0.0, 2 * (ranks - 1), ranks - 1)  # the norm, a few numbers from each
+        self._everybody(lambda rank: 0.0, lambda rank: part / BYTES_A_NUMBER / self.machine.updates_per_s)
+        self._ring(size * others, ranks - 1)
+
+    def _plain(self) -> None:
+        ranks, size = self.work.workers, self.work.model_bytes
+        others, rate = (ranks - 1) / ranks, self.machine.sum_bytes_per_s
+        self._everybody(lambda rank: 0.0, lambda rank: max(0, self._sums[rank] - 1) * 3 * size / rate)
+        self._ring(2 * size * others, 2 * (ranks - 1))
+        update = size / BYTES_A_NUMBER / self.machine.updates_per_s
+        self._everybody(lambda rank: 0.0, lambda rank: others * 3 * size / rate + update)
+
+    def _ring(self, size: float, steps: int) -> None:
+        """Each sends ``size`` bytes to the next, in so many steps: of a node, one rank's go through the link."""
+        self._exchange([size] * self.work.workers, size, size, steps, steps)
+
+    def _exchange(
+        self, sent: Sequence[float], received: float, through_link: float, messages: int, after_another: int
+    ) -> None:
+        """An exchange in which all take part.
+
+        Args:
+            sent: bytes that each rank sends.
+            received: bytes that each receives.
+            through_link: bytes that the busiest node sends or receives through its link, if there are several.
+            messages: that each sends.
+            after_another: how many of them wait for one another.
+        """
+        tcp, network, ends = self.machine.tcp_bytes_per_s, self.cluster.network, self.events.now
+        if len(self.nodes) > 1:
+            ends += through_link / network.bytes_per_s + after_another * network.latency_s
+        cpu_s = [messages * self.costs.message_s + (own + received) / tcp for own in sent]
+        self._everybody(lambda rank: cpu_s[rank], lambda rank: 0.0)
+        self.events.run(lambda: False, max(ends, self.events.now))
+
+    def _across(self, sent: Sequence[float], received: float) -> float:
+        """Bytes that go out of, or come in to, the busiest node, when each sends to each."""
+        ranks = self.work.workers
+        there, others = self.cluster.workers_per_node or ranks, max(1, ranks - 1)
+        out = [sum(sent[a : a + there]) * (ranks - min(there, ranks - a)) / others for a in range(0, ranks, there)]
+        return max(*out, there * received * (ranks - there) / others)
+
+    def _everybody(self, cpu_s: Callable[[int], float], memory_s: Callable[[int], float]) -> None:
+        """Something that every rank does by itself; all are waited for."""
+        done: list[bool] = []
+        for rank, worker in enumerate(self._workers.values()):
+            self._in_turn(worker.node, cpu_s(rank), memory_s(rank), lambda: done.append(True))
+        self.events.run(lambda: len(done) == len(self._workers))
+
+
+def sums_of(numbers: Iterable[int], count: int) -> int:
+    """How many partial sums are left of some microbatches when they are added as far as the tree allows.
+
+    Args:
+        numbers: of the microbatches.
+        count: microbatches of the whole sum (see :func:`metadist.outer.gradient.partial_sums`).
+    """
+    level, width, left = set(numbers), count, 0
+    while width > 1 and level:
+        whole = {n >> 1 for n in level if n ^ 1 in level or n ^ 1 >= width}
+        left += sum(n >> 1 not in whole for n in level)
+        level, width = whole, (width + 1) // 2
+    return left + len(level)
