@@ -14,13 +14,22 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from metadist.algorithms import Algorithm
-from metadist.checkpoint import Checkpoint, check_fits, newest_whole_checkpoint, versions_of
+from metadist.checkpoint import (
+    BEST,
+    LATEST,
+    Checkpoint,
+    best_of,
+    check_fits,
+    newest_whole_checkpoint,
+    versions_of,
+)
 from metadist.checkpoint_writer import CheckpointWriter
 from metadist.config import Config
-from metadist.errors import CheckpointError, ConfigError, RunDirError, ServerLostError, first_line
+from metadist.errors import CheckpointError, ConfigError, NonFiniteError, RunDirError, ServerLostError, first_line
 from metadist.evaluation import evaluation_round, summarise, tasks_together
 from metadist.experiment import Experiment
 from metadist.history import UpdateLog
+from metadist.origin import code_version
 from metadist.outer.gradient import Layout, sha256_of
 from metadist.resolve import in_words, resolve
 from metadist.rundir import RunDirectory
@@ -28,12 +37,26 @@ from metadist.runtime.asynchronous import AsynchronousController
 from metadist.runtime.backend import Backend
 from metadist.runtime.controller import Controller, RoundResult, means
 from metadist.runtime.local import LocalBackend
+from metadist.sending import checkpoint_files, described
 from metadist.server import outer_options
 from metadist.staleness import Flow
 from metadist.stopping import Interrupted, StopSignals
 from metadist.storage import Store
-from metadist.tracking import ConsoleTracker, JsonlTracker, RunInfo, Trackers, WandbTracker
+from metadist.tracking import (
+    ConsoleTracker,
+    JsonlTracker,
+    PrometheusTracker,
+    RunInfo,
+    ShownEpisode,
+    Trackers,
+    WandbTracker,
+)
+from metadist.tracking.wandb import sweeps_run
+from metadist.tracking.watch import Watch
 from metadist.worker import Round, training_round
+
+_SHOWN = 8
+"""Episodes of the last evaluation that are drawn for Weights & Biases; the report shows fewer."""
 
 
 @dataclass
@@ -156,7 +179,7 @@ class _Training:
         self.progress = Progress()
         self.backend: Backend | None = None
         self.store = run.store(self.config)
-        self.stop = StopSignals()
+        self.stop, self.watch = StopSignals(), Watch()
 
     def __enter__(self) -> _Training:
         self.stop.__enter__()
@@ -214,6 +237,7 @@ class _Training:
     ) -> None:
         assert self.backend is not None
         self.content_id, self.base_wall_s, self.started = content_id, self.progress.wall_s, started
+        self.code = code_version()
         self.backend.start(snapshot, outer_options(self.experiment, self.learner, self.layout))
         if self.config.checkpoint.path is not None:
             self.run.take(self.store)
@@ -240,6 +264,9 @@ class _Training:
             code = 0
         except Interrupted as e:
             code = 128 + e.signum
+            raise
+        except NonFiniteError as e:
+            self.trackers.alert("diverging", f"{e.where}: {e.problem}")
             raise
         finally:
             self.writer.close()
@@ -276,6 +303,7 @@ class _Training:
         kept = {name: getattr(self.progress, name) for name in ("wall_s", "restarts", "releases", "wandb_run")}
         self.progress = replace(_progress_of(checkpoint), **kept)
         self.trackers.rewind(checkpoint.version)
+        self.watch.rewind()
         for fault in faults:
             self.trackers.message(f"passed over a damaged checkpoint: {fault}")
         self._tell(f"{error.where} {error.problem}; going on from step {checkpoint.version}")
@@ -343,7 +371,9 @@ class _Training:
             wandb = WandbTracker(mode=w.mode, project=w.project, entity=w.entity, tags=w.tags)
             members.append(wandb)
             # Known before the client is: a run that is killed at once is the same one afterwards.
-            self.progress.wandb_run = self.progress.wandb_run or self.run.run_id()
+            self.progress.wandb_run = self.progress.wandb_run or sweeps_run() or self.run.run_id()
+        if tracking.prometheus and self.config.runtime.type == "ray":
+            members.append(PrometheusTracker())
         if tracking.console:
             members.append(ConsoleTracker())
         self.trackers = Trackers(members)
@@ -351,7 +381,7 @@ class _Training:
         info = RunInfo(
             run_dir=self.run.path, name=self.config.name, config=self.config.model_dump(mode="json"),
             total_steps=self.config.outer.steps, start_version=version, wandb_run_id=self.progress.wandb_run,
-            workers=self.backend.describe()["workers"], metric=self.metric,
+            workers=self.backend.describe()["workers"], metric=self.metric, code=self.code, content_id=self.content_id,
         )  # fmt: skip
         self.trackers.start(info)
         return wandb
@@ -420,9 +450,10 @@ class _Training:
         self.progress.train_s += step_s
         line: dict[str, Any] = {
             **means(result.metrics), **stats, "tasks_per_s": tasks / step_s, "step_s": step_s,
-            "data_wait_s": result.data_wait_s, "server_s": server_s, **self._lags(result),
-            "worker_memory_mb": self.memory / 1e6,
-            "workers": len(self.backend.workers()), "worker_s": {str(k): v for k, v in result.worker_s.items()},
+            "data_wait_s": result.data_wait_s, "server_s": server_s, **self._budget(result, step_s, server_s),
+            **self._lags(result), "worker_memory_mb": self.memory / 1e6, "workers": len(self.backend.workers()),
+            "worker_s": {str(k): v for k, v in result.worker_s.items()},
+            "restarts": self._restarts(), "releases": self._releases(),
         }  # fmt: skip
         if self.log is not None:
             self.log.append(
@@ -430,6 +461,25 @@ class _Training:
                 result.applied, result.dropped, result.left_out,
             )  # fmt: skip
         self.trackers.log(version, line)
+        for alert in self.watch.step(line):
+            self.trackers.alert(alert.title, f"step {version}: {alert.text}")
+
+    @staticmethod
+    def _budget(result: RoundResult, step_s: float, update_s: float) -> dict[str, Any]:
+        """Where the step's time went: five parts in seconds, which add up to ``step_s``.
+
+        ``data_s``, ``compute_s``, ``transfer_s`` and ``wait_s`` are of the mean worker, until the gradients are with
+        the server (:class:`~metadist.runtime.timesheet.Spent`). ``update_s`` is the driver's time for the update, in
+        which workers wait, unless ``runtime.max_staleness`` lets them go on; of an all-reduce run the exchange of
+        gradients and weights is in it. Evaluations and checkpoints are in no step.
+        """
+        spent, share = result.spent, result.seconds / step_s
+        found: dict[str, Any] = {
+            "data_s": spent.data, "compute_s": spent.compute, "wait_s": spent.wait, "transfer_s": spent.transfer,
+            "update_s": update_s,
+            "utilisation": {str(worker): used * share for worker, used in spent.utilisation.items()},
+        }  # fmt: skip
+        return {**found, "gpu": {str(worker): told for worker, told in result.gpus.items()}} if result.gpus else found
 
     def _lags(self, result: RoundResult) -> dict[str, float]:
         """How far gradients lagged behind the update they were used in, and what was not used."""
@@ -465,10 +515,13 @@ class _Training:
         assert self.backend is not None
         p = self.progress
         wall = self.base_wall_s + time.perf_counter() - self.started
-        releases = p.releases + (self.controller.releases if hasattr(self, "controller") else 0)
         controller = getattr(self, "controller", None)
         flow = controller.flow.state() if isinstance(controller, AsynchronousController) else None
-        return replace(p, wall_s=wall, releases=releases, restarts=self._restarts(), flow=flow)
+        return replace(p, wall_s=wall, releases=self._releases(), restarts=self._restarts(), flow=flow)
+
+    def _releases(self) -> int:
+        """Those of all resumptions."""
+        return self.progress.releases + (self.controller.releases if hasattr(self, "controller") else 0)
 
     def _restarts(self) -> dict[str, int]:
         """Those of all resumptions, this one's included."""
@@ -509,21 +562,38 @@ class _Training:
                 "torch": torch.__version__,
                 "threads_per_worker": self.config.runtime.threads_per_worker,
             },
+            "code": self.code,
         }
         self.run.save_summary(summary)
         self._pictures(meta_params)
+        self._send_checkpoints()
         return summary
 
+    def _send_checkpoints(self) -> None:
+        """Hands the last and the best checkpoint to whoever keeps them beyond the run directory."""
+        wandb = self.config.tracking.wandb
+        if wandb.mode == "disabled" or not wandb.artifacts:
+            return
+        self.writer.settle()
+        best = best_of(self.store)
+        there = versions_of(self.store)
+        last = there[-1]
+        for version in dict.fromkeys(v for v in (best, last) if v in there):
+            aliases = [name for name, v in ((LATEST, last), (BEST, best)) if v == version]
+            with checkpoint_files(self.store, version) as files:
+                self.trackers.log_checkpoint(version, files, aliases, described(self.store, version))
+
     def _pictures(self, meta_params: dict[str, torch.Tensor]) -> None:
-        from metadist.figures import CURVE, INSTANCES, draw_episodes
+        from metadist.figures import CURVE, INSTANCES, draw_episodes, episode_pictures
         from metadist.report import write_report
 
         evaluation = self.config.evaluation
         source = self.experiment.source(evaluation.split, self.experiment.evaluation_size)
         batch = source.episodes(
-            self.config.seed, f"evaluation/{evaluation.split}", range(min(4, tasks_together(self.layout.numel)))
+            self.config.seed, f"evaluation/{evaluation.split}", range(min(_SHOWN, tasks_together(self.layout.numel)))
         )
-        before, after = self.learner.outputs(meta_params, batch.to("cpu", next(iter(meta_params.values())).dtype))
+        batch = batch.to("cpu", next(iter(meta_params.values())).dtype)
+        before, after = self.learner.outputs(meta_params, batch)
         picture = draw_episodes(batch, self.run.path / "episodes.png", before, after)
         write_report(self.run.path)
         if (by_instance := self.run.path / INSTANCES).is_file():
@@ -531,3 +601,10 @@ class _Training:
         self.trackers.log_picture("learning_curve", self.run.path / CURVE)
         if picture is not None:
             self.trackers.log_picture("episodes", picture)
+        if self.config.tracking.wandb.mode != "disabled":
+            measure, true = self.learner.objective.measure, batch.query.y
+            shown = [
+                ShownEpisode(n, drawn, *(float(measure(outputs[n], true[n])) for outputs in (before, after)))
+                for n, drawn in enumerate(episode_pictures(batch, before, after))
+            ]
+            self.trackers.log_episodes(self.config.outer.steps, evaluation.split, shown)

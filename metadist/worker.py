@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from metadist.algorithms import Algorithm, Moment, TaskResults
+from metadist.device import gpu_state
 from metadist.episode import EpisodeBatch
 from metadist.experiment import DTYPES, EpisodeSize, Experiment
 from metadist.inner.memory import resident_growth
@@ -113,6 +114,7 @@ class Report:
         bad_tasks: numbers of the episodes whose loss or gradient is not finite.
         memory: bytes by which the worker's memory grew at most, since before its first microbatch.
         programs: how many times the worker has traced or compiled something so far.
+        gpu: of the worker's GPU, if it has one: see :func:`metadist.device.gpu_state`.
     """
 
     lease: Lease
@@ -122,6 +124,7 @@ class Report:
     bad_tasks: list[int] = field(default_factory=list)
     memory: int = 0
     programs: int = 0
+    gpu: dict[str, float] = field(default_factory=dict)
 
 
 class LeaseWorker(Protocol):
@@ -183,7 +186,8 @@ class MetaWorker:
             k: np.concatenate([r.metrics[k].double().cpu().numpy().reshape(-1) for r in results])
             for k in results[0].metrics
         }
-        report = Report(lease, metrics, elapsed - waited, waited, bad, self._memory(), self.learner.engine.programs)
+        programs, gpu = self.learner.engine.programs, gpu_state(self.device)
+        report = Report(lease, metrics, elapsed - waited, waited, bad, self._memory(), programs, gpu)
         if lease.round.kind == "evaluate":
             return report, {}
         flat = (self.layout.flatten(r.gradient).numpy() for r in results)

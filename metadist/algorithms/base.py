@@ -13,6 +13,8 @@ from metadist.episode import Episode, EpisodeBatch, Examples
 from metadist.inner import Engine, FunctionalModel, InnerProblem, Tensors
 
 PRE = "pre_adaptation_"
+STEP = "after_step_"
+"""What the metrics of evaluations after single inner steps begin with: ``after_step_1/loss``."""
 
 
 @dataclass(frozen=True)
