@@ -12,6 +12,9 @@ from metadist.errors import TrackingError
 
 _log = logging.getLogger(__name__)
 
+PARTS = ("data", "compute", "transfer", "wait", "update")
+"""What the time of a step is made of, in its order; ``NAME_s`` in the metrics of a step, adding up to ``step_s``."""
+
 
 @dataclass(frozen=True)
 class RunInfo:

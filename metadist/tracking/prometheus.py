@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from metadist.tracking.base import RunInfo, Tracker
+from metadist.tracking.base import PARTS, RunInfo, Tracker
 
 PREFIX = "ray_"
 """What Ray puts before every name it exports."""
@@ -33,7 +33,6 @@ GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 """What is told, by the name without :data:`PREFIX`: what it is, and its tags besides ``run``, the run's name."""
 
-PARTS = ("data", "compute", "wait", "transfer", "update")
 _SINGLE = {
     "loss": ("metadist_loss", 1.0),
     "grad_norm": ("metadist_grad_norm", 1.0),
