@@ -119,7 +119,7 @@ def _facts(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> lis
 
 
 def _time_shares(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, float]]:
-    """The parts of the time of all steps, in the order of a step, as shares that add up to 1; parts of 0 are left out."""
+    """The parts of the time of all steps, in a step's order, as shares that add up to 1; parts of 0 are left out."""
     sums = [(part, sum(float(r.get(f"{part}_s") or 0.0) for r in rows)) for part in PARTS]
     total = sum(seconds for _, seconds in sums)
     return [(part, seconds / total) for part, seconds in sums if seconds > 0]

@@ -52,7 +52,8 @@ img { display: block; width: 100%; height: auto; border-radius: 6px; }
 .scroll :is(th, td) { padding-right: 1rem; }
 .bar { display: flex; height: 1.25rem; border-radius: 6px; overflow: hidden; background: var(--line); }
 .bar i, .key i { background: var(--c); } .bar i { display: block; }
-.key { margin: .6rem 0 0; } .key :is(th, td) { white-space: nowrap; } .key td:last-child { white-space: normal; width: 100%; }
+.key { margin: .6rem 0 0; } .key :is(th, td) { white-space: nowrap; }
+.key td:last-child { white-space: normal; width: 100%; }
 .key i { display: inline-block; width: .7em; height: .7em; border-radius: 2px; margin-right: .4em; }
 pre, code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-size: .82rem; }
 pre { margin: .75rem 0 0; overflow-x: auto; } code { overflow-wrap: anywhere; }

@@ -589,9 +589,8 @@ class _Training:
 
         evaluation = self.config.evaluation
         source = self.experiment.source(evaluation.split, self.experiment.evaluation_size)
-        batch = source.episodes(
-            self.config.seed, f"evaluation/{evaluation.split}", range(min(_SHOWN, tasks_together(self.layout.numel)))
-        )
+        shown = range(min(_SHOWN, evaluation.episodes, tasks_together(self.layout.numel)))
+        batch = source.episodes(self.config.seed, f"evaluation/{evaluation.split}", shown)
         batch = batch.to("cpu", next(iter(meta_params.values())).dtype)
         before, after = self.learner.outputs(meta_params, batch)
         picture = draw_episodes(batch, self.run.path / "episodes.png", before, after)
@@ -603,8 +602,8 @@ class _Training:
             self.trackers.log_picture("episodes", picture)
         if self.config.tracking.wandb.mode != "disabled":
             measure, true = self.learner.objective.measure, batch.query.y
-            shown = [
+            episodes = [
                 ShownEpisode(n, drawn, *(float(measure(outputs[n], true[n])) for outputs in (before, after)))
                 for n, drawn in enumerate(episode_pictures(batch, before, after))
             ]
-            self.trackers.log_episodes(self.config.outer.steps, evaluation.split, shown)
+            self.trackers.log_episodes(self.config.outer.steps, evaluation.split, episodes)

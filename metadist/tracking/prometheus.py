@@ -84,10 +84,10 @@ class PrometheusTracker(Tracker):
         self._log_workers(metrics.get("utilisation") or {}, metrics.get("gpu") or {})
 
     def log_evaluation(self, version: int, result: Mapping[str, Any]) -> None:
-        where = {"metric": str(result.get("metric", self._metric)), "split": str(result.get("split", "test"))}
+        metric, split = str(result.get("metric", self._metric)), str(result.get("split", "test"))
         for when, name in (("before", "pre_adaptation"), ("after", "mean")):
-            self._set("metadist_evaluation", result.get(name), **where, when=when)
-        self._set("metadist_evaluation_ci95", result.get("ci95"), **where)
+            self._set("metadist_evaluation", result.get(name), metric=metric, split=split, when=when)
+        self._set("metadist_evaluation_ci95", result.get("ci95"), metric=metric, split=split)
 
     def rewind(self, version: int) -> None:
         self._set("metadist_version", version)

@@ -139,7 +139,7 @@ class WandbTracker(Tracker):
             table.add_data(shown.number, picture, shown.before, shown.after)
         self._version = version
         with self._staged():
-            self._send({f"evaluation/{split}_episodes": table})
+            self._send({f"evaluation/{split}_table": table})
 
     def log_checkpoint(
         self, version: int, files: Mapping[str, Path], aliases: Sequence[str], metadata: Mapping[str, Any]
@@ -158,9 +158,7 @@ class WandbTracker(Tracker):
 
     def alert(self, title: str, text: str) -> None:
         if self._run is not None:
-            import wandb
-
-            self._run.alert(title, text, level=wandb.AlertLevel.WARN)
+            self._run.alert(title, text, level="WARN")
 
     def finish(self, summary: Mapping[str, Any], exit_code: int) -> None:
         if self._run is None:

@@ -92,15 +92,15 @@ class Watch:
         if step_s <= 0:
             return []
         mend = {
-            "data": "keep the shards nearer, or in memory (tasks.sampler: window)",
+            "data": "keep the shards nearer or in memory (tasks.resident), or take tasks.sampler: {type: window}",
             "wait": "take fewer workers, or smaller microbatches (outer.tasks_per_microbatch)",
         }
-        words = {"data": "data", "wait": "work or for each other"}
+        words = {"data": "data", "wait": "work"}
         shares = {part: self._sum(f"{part}_s") / step_s for part in words}
         return [
             Alert(
-                f"workers wait for {'data' if part == 'data' else 'work'}",
-                f"in the last {WINDOW} steps workers waited for {words[part]} for {share:.0%} of the time; {mend[part]}",
+                f"workers wait for {words[part]}",
+                f"in the last {WINDOW} steps they did for {share:.0%} of the time; {mend[part]}",
             )
             for part, share in shares.items()
             if share > STARVED
