@@ -45,11 +45,12 @@ table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nu
 th, td { text-align: left; padding: .35rem .5rem .35rem 0; border-top: 1px solid var(--line); vertical-align: top;
   overflow-wrap: anywhere; font-weight: 400; }
 tr:first-child > * { border-top: 0; }
-th { color: var(--quiet); }
+th { color: var(--quiet); overflow-wrap: normal; }
+.facts th { width: 8.5rem; }
 img { display: block; width: 100%; height: auto; border-radius: 6px; }
 .paper { background: #ffffff; padding: .25rem; }
-.scroll { overflow-x: auto; } .scroll * { white-space: nowrap; overflow-wrap: normal; }
-.scroll :is(th, td) { padding-right: 1rem; }
+.scroll { overflow-x: auto; font-size: .8rem; margin-top: .5rem; } .scroll * { white-space: nowrap; overflow-wrap: normal; }
+.scroll :is(th, td) { padding-right: .6rem; }
 .bar { display: flex; height: 1.25rem; border-radius: 6px; overflow: hidden; background: var(--line); }
 .bar i, .key i { background: var(--c); } .bar i { display: block; }
 .key { margin: .6rem 0 0; } .key :is(th, td) { white-space: nowrap; }
@@ -74,7 +75,7 @@ footer { color: var(--quiet); font-size: .85rem; }
 {% else %}
 <p>The final evaluation has not been made yet.</p>
 {% endif %}
-<table>
+<table class="facts">
 {% if result %}
 <tr><th>episodes</th><td>{{ result.episodes }}</td></tr>
 <tr><th>BatchNorm</th><td>{{ result.batchnorm }}</td></tr>
@@ -145,7 +146,7 @@ footer { color: var(--quiet); font-size: .85rem; }
 {% endif %}
 {% if evaluations %}
 <section>
-<details>
+<details open>
 <summary>Evaluations</summary>
 <div class="scroll">
 <table>

@@ -30,7 +30,7 @@ LOOK = """JSON.stringify({
   pictures: [...document.images].map(i => [i.complete, i.naturalWidth, i.getBoundingClientRect().width]),
   width: document.documentElement.scrollWidth,
   wide: [...document.body.querySelectorAll('*')].filter(e => !e.closest('.scroll, pre, svg')
-    && e.getBoundingClientRect().right > innerWidth + 0.5).map(e => e.outerHTML.slice(0, 80)),
+    && e.getBoundingClientRect().right > screen.width + 0.5).map(e => e.outerHTML.slice(0, 80)),
   bar: [...document.querySelectorAll('.bar i')].reduce((sum, i) => sum + i.getBoundingClientRect().width, 0)
     / document.querySelector('.bar').getBoundingClientRect().width,
 })"""
