@@ -49,7 +49,8 @@ th { color: var(--quiet); overflow-wrap: normal; }
 .facts th { width: 8.5rem; }
 img { display: block; width: 100%; height: auto; border-radius: 6px; }
 .paper { background: #ffffff; padding: .25rem; }
-.scroll { overflow-x: auto; font-size: .8rem; margin-top: .5rem; } .scroll * { white-space: nowrap; overflow-wrap: normal; }
+.scroll { overflow-x: auto; font-size: .8rem; margin-top: .5rem; }
+.scroll * { white-space: nowrap; overflow-wrap: normal; }
 .scroll :is(th, td) { padding-right: .6rem; }
 .bar { display: flex; height: 1.25rem; border-radius: 6px; overflow: hidden; background: var(--line); }
 .bar i, .key i { background: var(--c); } .bar i { display: block; }

@@ -100,15 +100,15 @@ def test_wandb_holds_the_run_and_a_resumed_run_continues_it(tmp_path):
 
 def _assert_episodes(run_dir, run):
     (shown,) = [row["evaluation/test_table"] for row in run["history"] if "evaluation/test_table" in row]
-    (table,) = [p for p in run_dir.glob("wandb/offline-run-*/files/" + shown["path"])]
-    found = json.loads(table.read_text())
+    assert (shown["_type"], shown["nrows"]) == ("table-file", 5)
+    (sent,) = [a["files"] for a in run["artifacts"] if a["type"] == "run_table"]
+    assert all(Path(path).is_relative_to(run_dir) for path in sent.values())
+    found = json.loads(Path(sent["evaluation/test_table.table.json"]).read_text())
     assert found["columns"] == ["episode", "picture", "accuracy before", "accuracy after"]
     assert [row[0] for row in found["data"]] == list(range(5))
-    (sent,) = [a for a in run["artifacts"] if a["type"] == "run_table"]
     for _, picture, before, after in found["data"]:
-        assert Path(sent["files"][picture["path"]]).read_bytes().startswith(b"\x89PNG")
+        assert Path(sent[picture["path"]]).read_bytes().startswith(b"\x89PNG")
         assert 0 <= before <= 1 and 0 <= after <= 1
-    assert all(Path(path).is_relative_to(run_dir) for path in sent["files"].values())
 
 
 def _assert_checkpoints(run, summary):
