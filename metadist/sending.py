@@ -8,10 +8,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from metadist.checkpoint import FILES, load_checkpoint
+from metadist.checkpoint import BEST, FILES, LATEST, best_of, load_checkpoint, versions_of
 from metadist.errors import CheckpointError
 from metadist.outer.gradient import sha256_of
 from metadist.storage import FolderStore, Store
+from metadist.tracking import Tracker
+
+
+def send_checkpoints(store: Store, last: int, tracker: Tracker) -> None:
+    """Hands the last and the best version to whoever keeps them beyond the run; says so if that fails."""
+    try:
+        best, there = best_of(store), versions_of(store)
+        for version in dict.fromkeys(v for v in (best, last) if v in there):
+            aliases = [name for name, v in ((LATEST, last), (BEST, best)) if v == version]
+            with checkpoint_files(store, version) as files:
+                tracker.log_checkpoint(version, files, aliases, described(store, version))
+    except (CheckpointError, OSError) as e:
+        tracker.message(f"a checkpoint was not kept elsewhere: {e}")
 
 
 @contextlib.contextmanager

@@ -15,10 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from metadist.algorithms import Algorithm
 from metadist.checkpoint import (
-    BEST,
-    LATEST,
     Checkpoint,
-    best_of,
     check_fits,
     newest_whole_checkpoint,
     versions_of,
@@ -37,7 +34,7 @@ from metadist.runtime.asynchronous import AsynchronousController
 from metadist.runtime.backend import Backend
 from metadist.runtime.controller import Controller, RoundResult, means
 from metadist.runtime.local import LocalBackend
-from metadist.sending import checkpoint_files, described
+from metadist.sending import send_checkpoints
 from metadist.server import outer_options
 from metadist.staleness import Flow
 from metadist.stopping import Interrupted, StopSignals
@@ -180,6 +177,7 @@ class _Training:
         self.backend: Backend | None = None
         self.store = run.store(self.config)
         self.stop, self.watch = StopSignals(), Watch()
+        self.wandb: WandbTracker | None = None
 
     def __enter__(self) -> _Training:
         self.stop.__enter__()
@@ -242,7 +240,7 @@ class _Training:
         if self.config.checkpoint.path is not None:
             self.run.take(self.store)
         self.run.save_config(self.config)
-        wandb = self._start_trackers(snapshot["version"])
+        self._start_trackers(snapshot["version"])
         self.writer = CheckpointWriter(
             self.store, self.layout, self.config.model_dump(mode="json"), content_id, self.config.checkpoint,
             self.trackers.message,
@@ -250,8 +248,8 @@ class _Training:
         code = 1
         summary: dict[str, Any] = {}
         try:
-            if wandb is not None:
-                self.progress.wandb_run = wandb.run_id
+            if self.wandb is not None:
+                self.progress.wandb_run = self.wandb.run_id
             for fault in faults:
                 self.trackers.message(f"passed over a damaged checkpoint: {fault}")
             for line in self._notable():
@@ -362,14 +360,13 @@ class _Training:
         for split in splits:
             self.experiment.source(split, self.experiment.evaluation_size)
 
-    def _start_trackers(self, version: int) -> WandbTracker | None:
+    def _start_trackers(self, version: int) -> None:
         tracking = self.config.tracking
         members: list[Any] = [JsonlTracker()]
-        wandb = None
         if tracking.wandb.mode != "disabled":
             w = tracking.wandb
-            wandb = WandbTracker(mode=w.mode, project=w.project, entity=w.entity, tags=w.tags)
-            members.append(wandb)
+            self.wandb = WandbTracker(mode=w.mode, project=w.project, entity=w.entity, tags=w.tags)
+            members.append(self.wandb)
             # Known before the client is: a run that is killed at once is the same one afterwards.
             self.progress.wandb_run = self.progress.wandb_run or sweeps_run() or self.run.run_id()
         if tracking.prometheus and self.config.runtime.type == "ray":
@@ -384,7 +381,6 @@ class _Training:
             workers=self.backend.describe()["workers"], metric=self.metric, code=self.code, content_id=self.content_id,
         )  # fmt: skip
         self.trackers.start(info)
-        return wandb
 
     # ----------------------------------------------------------------- the loop
 
@@ -450,7 +446,8 @@ class _Training:
         self.progress.train_s += step_s
         line: dict[str, Any] = {
             **means(result.metrics), **stats, "tasks_per_s": tasks / step_s, "step_s": step_s,
-            "data_wait_s": result.data_wait_s, "server_s": server_s, **self._budget(result, step_s, server_s),
+            "data_wait_s": result.data_wait_s, "server_s": server_s, **result.spent.budget(result.seconds, server_s),
+            **({"gpu": {str(k): told for k, told in result.gpus.items()}} if result.gpus else {}),
             **self._lags(result), "worker_memory_mb": self.memory / 1e6, "workers": len(self.backend.workers()),
             "worker_s": {str(k): v for k, v in result.worker_s.items()},
             "restarts": self._restarts(), "releases": self._releases(),
@@ -463,23 +460,6 @@ class _Training:
         self.trackers.log(version, line)
         for alert in self.watch.step(line):
             self.trackers.alert(alert.title, f"step {version}: {alert.text}")
-
-    @staticmethod
-    def _budget(result: RoundResult, step_s: float, update_s: float) -> dict[str, Any]:
-        """Where the step's time went: five parts in seconds, which add up to ``step_s``.
-
-        ``data_s``, ``compute_s``, ``transfer_s`` and ``wait_s`` are of the mean worker, until the gradients are with
-        the server (:class:`~metadist.runtime.timesheet.Spent`). ``update_s`` is the driver's time for the update, in
-        which workers wait, unless ``runtime.max_staleness`` lets them go on; of an all-reduce run the exchange of
-        gradients and weights is in it. Evaluations and checkpoints are in no step.
-        """
-        spent, share = result.spent, result.seconds / step_s
-        found: dict[str, Any] = {
-            "data_s": spent.data, "compute_s": spent.compute, "wait_s": spent.wait, "transfer_s": spent.transfer,
-            "update_s": update_s,
-            "utilisation": {str(worker): used * share for worker, used in spent.utilisation.items()},
-        }  # fmt: skip
-        return {**found, "gpu": {str(worker): told for worker, told in result.gpus.items()}} if result.gpus else found
 
     def _lags(self, result: RoundResult) -> dict[str, float]:
         """How far gradients lagged behind the update they were used in, and what was not used."""
@@ -566,22 +546,14 @@ class _Training:
         }
         self.run.save_summary(summary)
         self._pictures(meta_params)
-        self._send_checkpoints()
+        if self._is_kept_elsewhere() and self.config.tracking.wandb.artifacts:
+            self.writer.settle()
+            send_checkpoints(self.store, version, self.trackers)
         return summary
 
-    def _send_checkpoints(self) -> None:
-        """Hands the last and the best checkpoint to whoever keeps them beyond the run directory."""
-        wandb = self.config.tracking.wandb
-        if wandb.mode == "disabled" or not wandb.artifacts:
-            return
-        self.writer.settle()
-        best = best_of(self.store)
-        there = versions_of(self.store)
-        last = there[-1]
-        for version in dict.fromkeys(v for v in (best, last) if v in there):
-            aliases = [name for name, v in ((LATEST, last), (BEST, best)) if v == version]
-            with checkpoint_files(self.store, version) as files:
-                self.trackers.log_checkpoint(version, files, aliases, described(self.store, version))
+    def _is_kept_elsewhere(self) -> bool:
+        """Whether Weights & Biases has this run, online or offline."""
+        return self.wandb is not None and self.wandb.run_id is not None
 
     def _pictures(self, meta_params: dict[str, torch.Tensor]) -> None:
         from metadist.figures import CURVE, INSTANCES, draw_episodes, episode_pictures
@@ -600,7 +572,7 @@ class _Training:
         self.trackers.log_picture("learning_curve", self.run.path / CURVE)
         if picture is not None:
             self.trackers.log_picture("episodes", picture)
-        if self.config.tracking.wandb.mode != "disabled":
+        if self._is_kept_elsewhere():
             measure, true = self.learner.objective.measure, batch.query.y
             episodes = [
                 ShownEpisode(n, drawn, *(float(measure(outputs[n], true[n])) for outputs in (before, after)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 _NOTHING = 1e-9
 
@@ -26,6 +27,24 @@ class Spent:
     transfer: float = 0.0
     wait: float = 0.0
     utilisation: dict[int, float] = field(default_factory=dict)
+
+    def budget(self, round_s: float, update_s: float) -> dict[str, Any]:
+        """Where a step's time went, for its metrics: five parts in seconds, which add up to the step.
+
+        ``data_s``, ``compute_s``, ``transfer_s`` and ``wait_s`` are of the mean worker, until the gradients are with
+        the server. ``update_s`` is the driver's time for the update, in which workers wait, unless
+        ``runtime.max_staleness`` lets them go on; of an all-reduce run the exchange of gradients and weights is in it.
+        ``utilisation`` is the share of the step that each worker computed. Evaluations and checkpoints are in no step.
+
+        Args:
+            round_s: from the first lease to the last gradient.
+            update_s: of the update after it.
+        """
+        share = round_s / max(round_s + update_s, _NOTHING)
+        return {
+            "data_s": self.data, "compute_s": self.compute, "transfer_s": self.transfer, "wait_s": self.wait,
+            "update_s": update_s, "utilisation": {str(w): used * share for w, used in self.utilisation.items()},
+        }  # fmt: skip
 
 
 @dataclass
