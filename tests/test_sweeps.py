@@ -76,6 +76,7 @@ def test_the_command_of_an_agent_runs_and_the_run_is_the_one_it_announced(tmp_pa
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     done = subprocess.run([*_command(sweep), *SMALL], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "wandb: " not in done.stderr, "the client complains"
     (run_dir,) = (tmp_path / "runs").iterdir()
     (file,) = offline_runs(run_dir)
     run = read_offline_run(file)

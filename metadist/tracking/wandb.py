@@ -203,9 +203,9 @@ class WandbTracker(Tracker):
             id=run.wandb_run_id,
             resume="allow",
             mode=self.mode,
-            # The agent names the sweep's project by the environment; a run elsewhere would not be in the sweep.
-            project=(os.environ.get("WANDB_PROJECT") if of_sweep else None) or self.project,
-            entity=(os.environ.get("WANDB_ENTITY") if of_sweep else None) or self.entity,
+            # The client takes the sweep's, and complains of any other.
+            project=None if of_sweep else self.project,
+            entity=None if of_sweep else self.entity,
             name=run.run_dir.name if of_sweep else run.name,
             tags=self.tags,
             config={**masked(run.config), "code": dict(run.code), "data": {"content_id": run.content_id}},

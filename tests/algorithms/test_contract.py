@@ -159,14 +159,14 @@ assert MODULES
 
 
 IN_STEPS = {"maml", "anil", "boil", "meta_sgd", "cavia", "protomaml"}
-STEPPED = [name for name, case in CASES.items() if case.type in IN_STEPS]
+STEPPED = [name for name, case in CASES.items() if case.type in IN_STEPS and case.options.get("inner_steps", 1) > 1]
 
 
 @pytest.mark.parametrize("name", STEPPED)
 def test_the_curve_by_inner_step_is_what_fewer_steps_would_have_given(name: str) -> None:
     learner, batch = learner_of(CASES[name]), episodes(4)
     params, whole = moved(learner), learner.evaluation_inner_steps
-    assert whole > 1, "this case has no curve"
+    assert whole > 1
     found = learner.evaluate(params, batch)
     told = {k.partition("/")[0] for k in found if k.startswith(STEP)}
     assert told == {f"{STEP}{k}" for k in range(1, whole)}
