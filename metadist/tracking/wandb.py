@@ -200,10 +200,10 @@ class WandbTracker(Tracker):
         of_sweep = run.wandb_run_id is not None and run.wandb_run_id == sweeps_run()
         opened = wandb.init(
             dir=str(run.run_dir),
-            id=run.wandb_run_id,
+            # In a sweep the client takes what the agent has set, and complains of any other.
+            id=None if of_sweep else run.wandb_run_id,
             resume="allow",
             mode=self.mode,
-            # The client takes the sweep's, and complains of any other.
             project=None if of_sweep else self.project,
             entity=None if of_sweep else self.entity,
             name=run.run_dir.name if of_sweep else run.name,
