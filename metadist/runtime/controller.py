@@ -113,6 +113,8 @@ class Controller:
         self.pace, self.releases, self.timesheet = earlier.pace, earlier.releases, earlier.timesheet
         there = self.backend.workers()
         self._asked = {worker: asked for worker, asked in earlier._asked.items() if worker in there}
+        for worker in earlier._asked.keys() - self._asked.keys():
+            self.timesheet.gone(worker)
         self._next_lease = self._first_lease = earlier._unused_lease()
 
     def _unused_lease(self) -> int:
