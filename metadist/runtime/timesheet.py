@@ -16,8 +16,8 @@ class Spent:
     Args:
         data: waited for episodes, by its own clock.
         compute: computed, by its own clock.
-        transfer: held a lease without doing either: weights, gradients and messages on their way, and answers that the
-            driver was slow to hear; or held none while gradients were on their way to the server.
+        transfer: held a lease without doing either: weights, gradients and messages packed and on their way, and
+            answers that the driver was slow to hear; or held none while gradients were on their way to the server.
         wait: held no lease: for others, or because there was none.
         utilisation: the share in [0, 1] of the round that each worker computed, by its number.
     """
