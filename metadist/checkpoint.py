@@ -22,6 +22,8 @@ from metadist.storage import MARK, Store
 
 SCHEMA = "metadist.checkpoint/1"
 _TENSOR_FILES = ("meta_params.safetensors", "outer_state.safetensors")
+FILES = (*_TENSOR_FILES, MARK)
+"""What a version consists of."""
 _VECTOR = "meta_params_vector"
 _KEPT = (torch.float32, torch.float64, torch.int64)
 _MOST_STATE = 1 << 28

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from metadist.algorithms.base import PRE
+from metadist.algorithms.base import PRE, STEP
 from metadist.algorithms.sequence import INSTANCE
 from metadist.rounds import EpisodeSize, Round
 
@@ -42,8 +42,10 @@ def summarise(metrics: Mapping[str, np.ndarray], metric: str, split: str, batchn
         ``split, episodes, metric, pre_adaptation, mean, ci95, batchnorm``; ``ci95`` is half the width of
         the normal 95 % interval of the mean, ``1.96 s / sqrt(n)`` with the sample deviation ``s``. Of learners
         that read sequences also ``by_instance``, ``mean`` and ``ci95`` of the accuracy when a class is shown for
-        the first time, ``"1"``, the second, and so on.
+        the first time, ``"1"``, the second, and so on. Of learners that adapt in steps also ``by_step``, the mean
+        metrics before the first one, ``"0"``, and after each.
     """
+    by_step = _by_step(metrics, metric)
     by_instance = {k.removeprefix(INSTANCE): _interval(v) for k, v in metrics.items() if k.startswith(INSTANCE)}
     return {
         "split": split,
@@ -53,6 +55,20 @@ def summarise(metrics: Mapping[str, np.ndarray], metric: str, split: str, batchn
         **_interval(metrics[metric]),
         "batchnorm": batchnorm,
         **({"by_instance": by_instance} if by_instance else {}),
+        **({"by_step": by_step} if by_step else {}),
+    }
+
+
+def _by_step(metrics: Mapping[str, np.ndarray], metric: str) -> dict[str, dict[str, float]]:
+    """The adaptation curve: mean loss and metric by the inner steps made; empty if they were not told of."""
+    between = sorted({int(name.removeprefix(STEP).partition("/")[0]) for name in metrics if name.startswith(STEP)})
+    if not between:
+        return {}
+    places = {0: PRE, **{k: f"{STEP}{k}/" for k in between}, between[-1] + 1: ""}
+    names = dict.fromkeys(("loss", metric))
+    return {
+        str(k): {name: float(metrics[place + name].mean()) for name in names if place + name in metrics}
+        for k, place in places.items()
     }
 
 

@@ -73,15 +73,30 @@ def draw_episodes(
     Returns:
         ``path``, or None if the episodes are neither pictures nor functions of one number.
     """
-    x, y = batch.support
-    if x.dim() == 5 and x.shape[2] in (1, 3) and y.dim() == 2 and not y.is_floating_point():
-        figure = _picture_grid(batch, _classes(predictions_before), _classes(predictions_after))
-    elif x.dim() == 3 and x.shape[-1] == 1 and y.shape == x.shape and y.is_floating_point():
-        figure = _function_plots(batch, predictions_before, predictions_after)
-    else:
+    figure = _drawn(batch, predictions_before, predictions_after)
+    if figure is None:
         return None
     write_atomically(path, _png(figure))
     return path
+
+
+def episode_pictures(batch: EpisodeBatch, before: Tensor, after: Tensor) -> list[bytes]:
+    """Each episode as a picture of its own (PNG), as :func:`draw_episodes` draws several; none of other kinds."""
+    pictures = []
+    for n, episode in enumerate(batch):
+        figure = _drawn(type(batch).stack([episode]), before[n : n + 1], after[n : n + 1])
+        if figure is not None:
+            pictures.append(_png(figure))
+    return pictures
+
+
+def _drawn(batch: EpisodeBatch, predictions_before: Tensor | None, predictions_after: Tensor | None) -> Figure | None:
+    x, y = batch.support
+    if x.dim() == 5 and x.shape[2] in (1, 3) and y.dim() == 2 and not y.is_floating_point():
+        return _picture_grid(batch, _classes(predictions_before), _classes(predictions_after))
+    if x.dim() == 3 and x.shape[-1] == 1 and y.shape == x.shape and y.is_floating_point():
+        return _function_plots(batch, predictions_before, predictions_after)
+    return None
 
 
 # ------------------------------------------------------------------ the learning curve

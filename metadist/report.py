@@ -22,6 +22,7 @@ from metadist.figures import (
 )
 from metadist.files import write_atomically
 from metadist.report_page import render_page
+from metadist.tracking.base import PARTS
 from metadist.tracking.console import interval, number
 from metadist.tracking.jsonl import EVALUATIONS, METRICS, read_lines
 from metadist.tracking.wandb import masked
@@ -61,6 +62,7 @@ def write_report(run_dir: Path) -> Path:
         curves=curves,
         instances=instances,
         episodes=_embedded(grid.read_bytes()) if grid.is_file() else None,
+        steps=_steps(summary),
         time=_time_shares(rows),
         evaluations=[_evaluation_row(e) for e in read_lines(run_dir / EVALUATIONS)][-30:],
         events=_events(summary),
@@ -108,20 +110,30 @@ def _facts(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> lis
         facts.append(("wall time", f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"))
     if "workers" in summary:
         facts.append(("workers", str(summary["workers"])))
+    code = summary.get("code")
+    if isinstance(code, Mapping):
+        facts += [(str(name), str(version)) for name, version in code.items()]
+    if summary.get("content_id"):
+        facts.append(("data set", str(summary["content_id"])))
     return facts
 
 
 def _time_shares(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, float]]:
-    """Shares of the step time in [0, 1], largest part first to last in the order of a step."""
-    total, data, server = (
-        sum(float(r[name]) for r in rows if isinstance(r.get(name), (int, float)))
-        for name in ("step_s", "data_wait_s", "server_s")
-    )
-    if total <= 0:
-        return []
-    data, server = min(data, total), min(server, max(0.0, total - data))
-    parts = (("waiting for data", data), ("computing", total - data - server), ("parameter server", server))
-    return [(label, seconds / total) for label, seconds in parts]
+    """The parts of the time of all steps, in a step's order, as shares that add up to 1; parts of 0 are left out."""
+    sums = [(part, sum(float(r.get(f"{part}_s") or 0.0) for r in rows)) for part in PARTS]
+    total = sum(seconds for _, seconds in sums)
+    return [(part, seconds / total) for part, seconds in sums if seconds > 0]
+
+
+def _steps(summary: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The adaptation curve of the final evaluation: its columns, and a row of texts for each number of inner steps."""
+    evaluation = summary.get("evaluation")
+    curve = evaluation.get("by_step") if isinstance(evaluation, Mapping) else None
+    if not isinstance(curve, Mapping) or not curve:
+        return None
+    names = list(dict.fromkeys(name for found in curve.values() for name in found))
+    rows = [(k, *(number(found.get(name), name) for name in names)) for k, found in curve.items()]
+    return {"columns": [name.replace("_", " ") for name in names], "rows": rows}
 
 
 def _evaluation_row(line: Mapping[str, Any]) -> dict[str, str]:

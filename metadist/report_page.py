@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+_PARTS = {
+    "data": "waiting for episodes",
+    "compute": "adapting, and the meta-gradient",
+    "transfer": "weights and gradients on their way",
+    "wait": "nothing to do, or waiting for other workers",
+    "update": "making the next weights",
+}
+
 _PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -14,10 +22,12 @@ _PAGE = """<!doctype html>
 <title>{{ title }} · metadist</title>
 <style>
 :root { --paper: #f4f6fa; --card: #ffffff; --ink: #1d2433; --quiet: #5c667a; --line: #e3e7ee;
-  --before: #b4622f; --after: #2f6fde; --third: #2e9e5b; }
+  --before: #b4622f; --after: #2f6fde;
+  --data: #c98a1b; --compute: #2f6fde; --transfer: #8a63d2; --wait: #9aa3b2; --update: #2e9e5b; }
 @media (prefers-color-scheme: dark) {
   :root { --paper: #0f1218; --card: #171b24; --ink: #d8deea; --quiet: #97a1b5; --line: #2c3342;
-    --before: #e0965f; --after: #6ea2ff; --third: #59c486; } }
+    --before: #e0965f; --after: #6ea2ff;
+    --data: #e0b04f; --compute: #6ea2ff; --transfer: #b194ec; --wait: #68738a; --update: #59c486; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); line-height: 1.5;
   font-family: system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
@@ -35,14 +45,17 @@ table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nu
 th, td { text-align: left; padding: .35rem .5rem .35rem 0; border-top: 1px solid var(--line); vertical-align: top;
   overflow-wrap: anywhere; font-weight: 400; }
 tr:first-child > * { border-top: 0; }
-th { color: var(--quiet); }
+th { color: var(--quiet); overflow-wrap: normal; }
+.facts th { width: 8.5rem; }
 img { display: block; width: 100%; height: auto; border-radius: 6px; }
 .paper { background: #ffffff; padding: .25rem; }
-.scroll { overflow-x: auto; } .scroll * { white-space: nowrap; overflow-wrap: normal; }
-.scroll :is(th, td) { padding-right: 1rem; }
+.scroll { overflow-x: auto; font-size: .8rem; margin-top: .5rem; }
+.scroll * { white-space: nowrap; overflow-wrap: normal; }
+.scroll :is(th, td) { padding-right: .6rem; }
 .bar { display: flex; height: 1.25rem; border-radius: 6px; overflow: hidden; background: var(--line); }
 .bar i, .key i { background: var(--c); } .bar i { display: block; }
-.key { list-style: none; margin: .6rem 0 0; padding: 0; display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; }
+.key { margin: .6rem 0 0; } .key :is(th, td) { white-space: nowrap; }
+.key td:last-child { white-space: normal; width: 100%; }
 .key i { display: inline-block; width: .7em; height: .7em; border-radius: 2px; margin-right: .4em; }
 pre, code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-size: .82rem; }
 pre { margin: .75rem 0 0; overflow-x: auto; } code { overflow-wrap: anywhere; }
@@ -63,7 +76,7 @@ footer { color: var(--quiet); font-size: .85rem; }
 {% else %}
 <p>The final evaluation has not been made yet.</p>
 {% endif %}
-<table>
+<table class="facts">
 {% if result %}
 <tr><th>episodes</th><td>{{ result.episodes }}</td></tr>
 <tr><th>BatchNorm</th><td>{{ result.batchnorm }}</td></tr>
@@ -95,19 +108,31 @@ footer { color: var(--quiet); font-size: .85rem; }
 <img class="paper" src="{{ episodes }}" alt="Some episodes: support and query examples with predictions">
 </section>
 {% endif %}
+{% if steps %}
+<section>
+<h2>Adaptation, step by step</h2>
+<table>
+<tr><th>inner steps</th>{% for name in steps.columns %}<th>{{ name }}</th>{% endfor %}</tr>
+{% for row in steps.rows %}
+<tr>{% for value in row %}<td>{{ value }}</td>{% endfor %}</tr>
+{% endfor %}
+</table>
+</section>
+{% endif %}
 {% if time %}
 <section>
-<h2>Where the time goes</h2>
+<h2>Where the time of a step goes</h2>
 <div class="bar">
-{% for label, share in time %}
-<i style="width: {{ '%.2f' | format(100 * share) }}%; --c: var(--{{ colours[loop.index0] }})"></i>
+{% for part, share in time %}
+<i style="width: {{ '%.2f' | format(100 * share) }}%; --c: var(--{{ part }})"></i>
 {% endfor %}
 </div>
-<ul class="key">
-{% for label, share in time %}
-<li><i style="--c: var(--{{ colours[loop.index0] }})"></i>{{ label }} {{ '%.1f' | format(100 * share) }} %</li>
+<table class="key">
+{% for part, share in time %}
+<tr><th><i style="--c: var(--{{ part }})"></i>{{ part }}</th><td>{{ '%.1f' | format(100 * share) }} %</td>
+<td>{{ parts[part] }}</td></tr>
 {% endfor %}
-</ul>
+</table>
 </section>
 {% endif %}
 {% if events %}
@@ -122,7 +147,7 @@ footer { color: var(--quiet); font-size: .85rem; }
 {% endif %}
 {% if evaluations %}
 <section>
-<details>
+<details open>
 <summary>Evaluations</summary>
 <div class="scroll">
 <table>
@@ -157,10 +182,11 @@ def render_page(**contents: Any) -> str:
     Args:
         contents: ``title``; ``result`` (``metric, before, after, episodes, batchnorm``) or None; ``facts`` and
             ``events``, pairs of label and value; ``curves``, data URLs ``light`` and ``dark``; ``instances``, the same
-            or None; ``episodes``, a data URL or None; ``time``, pairs of label and share; ``evaluations``, rows of
-            ``step, split, before, after, episodes``; ``config``, text; ``sha256`` or None.
+            or None; ``episodes``, a data URL or None; ``steps`` (``columns``, and ``rows`` of texts that begin with the
+            number of inner steps) or None; ``time``, pairs of a part and its share; ``evaluations``, rows of ``step,
+            split, before, after, episodes``; ``config``, text; ``sha256`` or None.
     """
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(_PAGE).render(colours=("before", "after", "third"), **contents)
+    return environment.from_string(_PAGE).render(parts=_PARTS, **contents)

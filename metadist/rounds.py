@@ -131,6 +131,7 @@ class Report:
         bad_tasks: numbers of the episodes whose loss or gradient is not finite.
         memory: bytes by which the worker's memory grew at most, since before its first microbatch.
         programs: how many times the worker has traced or compiled something so far.
+        gpu: of the worker's GPU, if it has one: see :func:`metadist.device.gpu_state`.
     """
 
     lease: Lease
@@ -140,3 +141,4 @@ class Report:
     bad_tasks: list[int] = field(default_factory=list)
     memory: int = 0
     programs: int = 0
+    gpu: dict[str, float] = field(default_factory=dict)

@@ -14,13 +14,19 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from metadist.algorithms import Algorithm
-from metadist.checkpoint import Checkpoint, check_fits, newest_whole_checkpoint, versions_of
+from metadist.checkpoint import (
+    Checkpoint,
+    check_fits,
+    newest_whole_checkpoint,
+    versions_of,
+)
 from metadist.checkpoint_writer import CheckpointWriter
 from metadist.config import Config
-from metadist.errors import CheckpointError, ConfigError, RunDirError, ServerLostError, first_line
+from metadist.errors import CheckpointError, ConfigError, NonFiniteError, RunDirError, ServerLostError, first_line
 from metadist.evaluation import evaluation_round, summarise, tasks_together
 from metadist.experiment import Experiment
 from metadist.history import UpdateLog
+from metadist.origin import code_version
 from metadist.outer.gradient import Layout, sha256_of
 from metadist.resolve import in_words, resolve
 from metadist.rounds import Round
@@ -29,12 +35,26 @@ from metadist.runtime.asynchronous import AsynchronousController
 from metadist.runtime.backend import Backend
 from metadist.runtime.controller import Controller, RoundResult, means
 from metadist.runtime.local import LocalBackend
+from metadist.sending import send_checkpoints
 from metadist.server import outer_options
 from metadist.staleness import Flow
 from metadist.stopping import Interrupted, StopSignals
 from metadist.storage import Store
-from metadist.tracking import ConsoleTracker, JsonlTracker, RunInfo, Trackers, WandbTracker
+from metadist.tracking import (
+    ConsoleTracker,
+    JsonlTracker,
+    PrometheusTracker,
+    RunInfo,
+    ShownEpisode,
+    Trackers,
+    WandbTracker,
+)
+from metadist.tracking.wandb import sweeps_run
+from metadist.tracking.watch import Watch
 from metadist.worker import training_round
+
+_SHOWN = 8
+"""Episodes of the last evaluation that are drawn for Weights & Biases; the report shows fewer."""
 
 
 @dataclass
@@ -157,7 +177,8 @@ class _Training:
         self.progress = Progress()
         self.backend: Backend | None = None
         self.store = run.store(self.config)
-        self.stop = StopSignals()
+        self.stop, self.watch = StopSignals(), Watch()
+        self.wandb: WandbTracker | None = None
 
     def __enter__(self) -> _Training:
         self.stop.__enter__()
@@ -215,11 +236,12 @@ class _Training:
     ) -> None:
         assert self.backend is not None
         self.content_id, self.base_wall_s, self.started = content_id, self.progress.wall_s, started
+        self.code = code_version()
         self.backend.start(snapshot, outer_options(self.experiment, self.learner, self.layout))
         if self.config.checkpoint.path is not None:
             self.run.take(self.store)
         self.run.save_config(self.config)
-        wandb = self._start_trackers(snapshot["version"])
+        self._start_trackers(snapshot["version"])
         self.writer = CheckpointWriter(
             self.store, self.layout, self.config.model_dump(mode="json"), content_id, self.config.checkpoint,
             self.trackers.message,
@@ -227,8 +249,8 @@ class _Training:
         code = 1
         summary: dict[str, Any] = {}
         try:
-            if wandb is not None:
-                self.progress.wandb_run = wandb.run_id
+            if self.wandb is not None:
+                self.progress.wandb_run = self.wandb.run_id
             for fault in faults:
                 self.trackers.message(f"passed over a damaged checkpoint: {fault}")
             for line in self._notable():
@@ -241,6 +263,9 @@ class _Training:
             code = 0
         except Interrupted as e:
             code = 128 + e.signum
+            raise
+        except NonFiniteError as e:
+            self.trackers.alert("diverging", f"{e.where}: {e.problem}")
             raise
         finally:
             self.writer.close()
@@ -277,6 +302,7 @@ class _Training:
         kept = {name: getattr(self.progress, name) for name in ("wall_s", "restarts", "releases", "wandb_run")}
         self.progress = replace(_progress_of(checkpoint), **kept)
         self.trackers.rewind(checkpoint.version)
+        self.watch.rewind()
         for fault in faults:
             self.trackers.message(f"passed over a damaged checkpoint: {fault}")
         self._tell(f"{error.where} {error.problem}; going on from step {checkpoint.version}")
@@ -335,16 +361,17 @@ class _Training:
         for split in splits:
             self.experiment.source(split, self.experiment.evaluation_size)
 
-    def _start_trackers(self, version: int) -> WandbTracker | None:
+    def _start_trackers(self, version: int) -> None:
         tracking = self.config.tracking
         members: list[Any] = [JsonlTracker()]
-        wandb = None
         if tracking.wandb.mode != "disabled":
             w = tracking.wandb
-            wandb = WandbTracker(mode=w.mode, project=w.project, entity=w.entity, tags=w.tags)
-            members.append(wandb)
+            self.wandb = WandbTracker(mode=w.mode, project=w.project, entity=w.entity, tags=w.tags)
+            members.append(self.wandb)
             # Known before the client is: a run that is killed at once is the same one afterwards.
-            self.progress.wandb_run = self.progress.wandb_run or self.run.run_id()
+            self.progress.wandb_run = self.progress.wandb_run or sweeps_run() or self.run.run_id()
+        if tracking.prometheus and self.config.runtime.type == "ray":
+            members.append(PrometheusTracker())
         if tracking.console:
             members.append(ConsoleTracker())
         self.trackers = Trackers(members)
@@ -352,10 +379,9 @@ class _Training:
         info = RunInfo(
             run_dir=self.run.path, name=self.config.name, config=self.config.model_dump(mode="json"),
             total_steps=self.config.outer.steps, start_version=version, wandb_run_id=self.progress.wandb_run,
-            workers=self.backend.describe()["workers"], metric=self.metric,
+            workers=self.backend.describe()["workers"], metric=self.metric, code=self.code, content_id=self.content_id,
         )  # fmt: skip
         self.trackers.start(info)
-        return wandb
 
     # ----------------------------------------------------------------- the loop
 
@@ -421,9 +447,11 @@ class _Training:
         self.progress.train_s += step_s
         line: dict[str, Any] = {
             **means(result.metrics), **stats, "tasks_per_s": tasks / step_s, "step_s": step_s,
-            "data_wait_s": result.data_wait_s, "server_s": server_s, **self._lags(result),
-            "worker_memory_mb": self.memory / 1e6,
-            "workers": len(self.backend.workers()), "worker_s": {str(k): v for k, v in result.worker_s.items()},
+            "data_wait_s": result.data_wait_s, "server_s": server_s, **result.spent.budget(result.seconds, server_s),
+            **({"gpu": {str(k): told for k, told in result.gpus.items()}} if result.gpus else {}),
+            **self._lags(result), "worker_memory_mb": self.memory / 1e6, "workers": len(self.backend.workers()),
+            "worker_s": {str(k): v for k, v in result.worker_s.items()},
+            "restarts": self._restarts(), "releases": self._releases(),
         }  # fmt: skip
         if self.log is not None:
             self.log.append(
@@ -431,6 +459,8 @@ class _Training:
                 result.applied, result.dropped, result.left_out,
             )  # fmt: skip
         self.trackers.log(version, line)
+        for alert in self.watch.step(line):
+            self.trackers.alert(alert.title, f"step {version}: {alert.text}")
 
     def _lags(self, result: RoundResult) -> dict[str, float]:
         """How far gradients lagged behind the update they were used in, and what was not used."""
@@ -466,10 +496,13 @@ class _Training:
         assert self.backend is not None
         p = self.progress
         wall = self.base_wall_s + time.perf_counter() - self.started
-        releases = p.releases + (self.controller.releases if hasattr(self, "controller") else 0)
         controller = getattr(self, "controller", None)
         flow = controller.flow.state() if isinstance(controller, AsynchronousController) else None
-        return replace(p, wall_s=wall, releases=releases, restarts=self._restarts(), flow=flow)
+        return replace(p, wall_s=wall, releases=self._releases(), restarts=self._restarts(), flow=flow)
+
+    def _releases(self) -> int:
+        """Those of all resumptions."""
+        return self.progress.releases + (self.controller.releases if hasattr(self, "controller") else 0)
 
     def _restarts(self) -> dict[str, int]:
         """Those of all resumptions, this one's included."""
@@ -510,21 +543,29 @@ class _Training:
                 "torch": torch.__version__,
                 "threads_per_worker": self.config.runtime.threads_per_worker,
             },
+            "code": self.code,
         }
         self.run.save_summary(summary)
         self._pictures(meta_params)
+        if self._is_kept_elsewhere() and self.config.tracking.wandb.artifacts:
+            self.writer.settle()
+            send_checkpoints(self.store, version, self.trackers)
         return summary
 
+    def _is_kept_elsewhere(self) -> bool:
+        """Whether Weights & Biases has this run, online or offline."""
+        return self.wandb is not None and self.wandb.run_id is not None
+
     def _pictures(self, meta_params: dict[str, torch.Tensor]) -> None:
-        from metadist.figures import CURVE, INSTANCES, draw_episodes
+        from metadist.figures import CURVE, INSTANCES, draw_episodes, episode_pictures
         from metadist.report import write_report
 
         evaluation = self.config.evaluation
         source = self.experiment.source(evaluation.split, self.experiment.evaluation_size)
-        batch = source.episodes(
-            self.config.seed, f"evaluation/{evaluation.split}", range(min(4, tasks_together(self.layout.numel)))
-        )
-        before, after = self.learner.outputs(meta_params, batch.to("cpu", next(iter(meta_params.values())).dtype))
+        shown = range(min(_SHOWN, evaluation.episodes, tasks_together(self.layout.numel)))
+        batch = source.episodes(self.config.seed, f"evaluation/{evaluation.split}", shown)
+        batch = batch.to("cpu", next(iter(meta_params.values())).dtype)
+        before, after = self.learner.outputs(meta_params, batch)
         picture = draw_episodes(batch, self.run.path / "episodes.png", before, after)
         write_report(self.run.path)
         if (by_instance := self.run.path / INSTANCES).is_file():
@@ -532,3 +573,10 @@ class _Training:
         self.trackers.log_picture("learning_curve", self.run.path / CURVE)
         if picture is not None:
             self.trackers.log_picture("episodes", picture)
+        if self._is_kept_elsewhere():
+            measure, true = self.learner.objective.measure, batch.query.y
+            episodes = [
+                ShownEpisode(n, drawn, *(float(measure(outputs[n], true[n])) for outputs in (before, after)))
+                for n, drawn in enumerate(episode_pictures(batch, before, after))
+            ]
+            self.trackers.log_episodes(self.config.outer.steps, evaluation.split, episodes)

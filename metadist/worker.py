@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from metadist.algorithms import Algorithm, TaskResults
+from metadist.device import gpu_state
 from metadist.episode import EpisodeBatch
 from metadist.experiment import DTYPES, Experiment
 from metadist.inner.memory import resident_growth
@@ -94,7 +95,8 @@ class MetaWorker:
             k: np.concatenate([r.metrics[k].double().cpu().numpy().reshape(-1) for r in results])
             for k in results[0].metrics
         }
-        report = Report(lease, metrics, elapsed - waited, waited, bad, self._memory(), self.learner.engine.programs)
+        programs, gpu = self.learner.engine.programs, gpu_state(self.device)
+        report = Report(lease, metrics, elapsed - waited, waited, bad, self._memory(), programs, gpu)
         if lease.round.kind == "evaluate":
             return report, {}
         flat = (self.layout.flatten(r.gradient).numpy() for r in results)

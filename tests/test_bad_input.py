@@ -13,6 +13,7 @@ from PIL import Image
 
 from metadist.cli import main
 from metadist.data import pack_arrays
+from metadist.tracking.wandb_file import offline_runs, read_offline_run
 from tests.conftest import ROOT
 
 GLYPHS = str(ROOT / "configs" / "glyphs_maml.yaml")
@@ -210,12 +211,15 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_version(tmp_path):
         "outer.lr=1e37",
         "checkpoint.every=1",
     ]
+    words.append("tracking.wandb.mode=offline")
     run_dir = tmp_path / "run"
     result = CliRunner().invoke(main, ["train", GLYPHS, *words, "--run-dir", str(run_dir)])
     assert result.exit_code == 1
     assert re.search(
         r"step \d+: the loss or gradient of training episodes [\d, .]+ of split train is not finite", result.output
     )
+    assert "warning, diverging: step" in result.output
+    assert [a["title"] for a in read_offline_run(offline_runs(run_dir)[0])["alerts"]] == ["diverging"]
     version = int((run_dir / "checkpoints" / "latest").read_text())
     failed = int(re.search(r"step (\d+): the loss", result.output)[1])
     assert version == failed - 1, "the last good version is the one before the failed step"

@@ -33,7 +33,8 @@ def run_dir(tmp_path: Path) -> Path:
     (tmp_path / "config.yaml").write_text(json.dumps(config))
     lines = [
         {"version": v, "loss": 1.6 / v, "accuracy": 1 - 0.8 / v, "pre_adaptation_loss": 1.6,
-         "pre_adaptation_accuracy": 0.2, "step_s": 0.2, "data_wait_s": 0.05, "server_s": 0.01}
+         "pre_adaptation_accuracy": 0.2, "step_s": 0.2, "data_s": 0.05, "compute_s": 0.1, "transfer_s": 0.02,
+         "wait_s": 0.02, "update_s": 0.01}
         for v in range(1, 41)
     ]  # fmt: skip
     lines[5]["loss"] = None  # type: ignore[assignment]
@@ -41,7 +42,8 @@ def run_dir(tmp_path: Path) -> Path:
     (tmp_path / "evaluations.jsonl").write_text(json.dumps({**EVALUATION, "split": HOSTILE}) + "\n")
     summary = {"version": 40, "tasks_seen": 12345, "tasks_per_s": 61.25, "wall_s": 3725, "workers": 2,
                "meta_params_sha256": SHA, "evaluation": {**EVALUATION, "batchnorm": HOSTILE},
-               "restarts": {"worker": 7, HOSTILE: 0}, "releases": 19, "wandb_run": HOSTILE}  # fmt: skip
+               "restarts": {"worker": 7, HOSTILE: 0}, "releases": 19, "wandb_run": HOSTILE,
+               "code": {"metadist": "9.8.7", "commit": HOSTILE}, "content_id": "c0ffee"}  # fmt: skip
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     return tmp_path
 
@@ -77,7 +79,9 @@ def test_the_page_tells_everything(run_dir: Path) -> None:
     for wanted in ("20.1 %", "94.81 ± 0.85 %", "600", "12,345", "61.2", "1:02:05", SHA):
         assert wanted in words
     assert "restarts, worker 7" in words and "leases released and given again 19" in words
-    assert "waiting for data 25.0 %" in words and "computing 70.0 %" in words and "parameter server 5.0 %" in words
+    for wanted in ("data 25.0 %", "compute 50.0 %", "transfer 10.0 %", "wait 10.0 %", "update 5.0 %"):
+        assert wanted in words
+    assert "metadist 9.8.7" in words and "data set c0ffee" in words
     assert "type: glyphs" in words and "hunter2" not in words
     assert (run_dir / "learning_curve.png").is_file()
     assert page.open == []
@@ -172,14 +176,19 @@ def test_the_running_mean_is_centred_and_begins_where_the_values_do() -> None:
     np.testing.assert_allclose(running_mean(np.array([4.0]), 3), [4])
 
 
-def test_shares_of_the_time_add_up_even_when_clocks_disagree() -> None:
-    for row in (
-        {"step_s": 1.0, "data_wait_s": 0.2, "server_s": 0.1},
-        {"step_s": 1.0, "data_wait_s": 3.0, "server_s": 2},
-    ):
-        shares = dict(_time_shares([row, row]))
-        assert sum(shares.values()) == pytest.approx(1) and min(shares.values()) >= 0
-    assert _time_shares([{"step_s": None}]) == []
+def test_shares_of_the_time_add_up_in_the_order_of_a_step() -> None:
+    rows = [{"step_s": 1.0, "update_s": 0.25, "data_s": 0.5, "wait_s": None}, {"compute_s": 0.25, "transfer_s": 0.0}]
+    assert _time_shares(rows) == [("data", 0.5), ("compute", 0.25), ("update", 0.25)]
+    assert _time_shares([{"step_s": 1.0}]) == []
+
+
+def test_the_adaptation_curve_is_a_table(run_dir: Path) -> None:
+    assert "step by step" not in write_report(run_dir).read_text()
+    summary = json.loads((run_dir / "summary.json").read_text())
+    summary["evaluation"]["by_step"] = {"0": {"loss": 1.6, "accuracy": 0.2}, "1": {"loss": 0.51, "accuracy": 0.9}}
+    (run_dir / "summary.json").write_text(json.dumps(summary))
+    words = re.sub(r"\s+", " ", Page(write_report(run_dir).read_text()).words)
+    assert "inner steps loss accuracy 0 1.6 20.0 % 1 0.51 90.0 %" in words
 
 
 def test_the_grid_frames_right_and_wrong_answers(tmp_path: Path) -> None:

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from safetensors.torch import load as load_tensors
 
 from metadist.cli import main
 from metadist.config import load_config
 from metadist.config.load import read_yaml
 from metadist.data import pack_arrays
+from metadist.outer.gradient import sha256_of
 from metadist.tasks.glyphs import glyph_images
+from metadist.tracking.base import PARTS
 from metadist.tracking.wandb_file import offline_runs, read_offline_run
 from tests.conftest import ROOT
 
@@ -55,22 +58,76 @@ def test_it_runs_two_steps(path, shards, tmp_path):
 
 METRICS = {
     "learning/loss", "learning/accuracy", "learning/pre_adaptation_loss", "learning/pre_adaptation_accuracy",
-    "learning/grad_norm", "throughput/tasks_per_s", "time/data_wait_s", "time/server_s", "time/step_s", "workers/0_s",
+    "learning/grad_norm", "throughput/tasks_per_s", "time/step_s", "time/data_s", "time/compute_s", "time/transfer_s",
+    "time/wait_s", "time/update_s", "staleness/staleness", "workers/workers", "workers/0_s", "workers/0_utilisation",
+    "restarts/worker", "restarts/server", "restarts/driver", "restarts/releases",
+}  # fmt: skip
+JUDGED = {
+    "evaluation/test_accuracy", "evaluation/test_pre_adaptation_accuracy", "evaluation/test_ci95",
+    *(f"adaptation/test_{name}_step_{k}" for name in ("accuracy", "loss") for k in range(4)),
 }  # fmt: skip
 
 
 def test_wandb_holds_the_run_and_a_resumed_run_continues_it(tmp_path):
+    """Every panel, the tables and the checkpoints of an offline run, read back; the same run after a resume."""
     run_dir = tmp_path / "run"
-    arguments = ["train", str(ROOT / "configs" / "glyphs_maml.yaml"), *SMALL, "--run-dir", str(run_dir)]
+    words = [*SMALL, "evaluation.every=2", "evaluation.validation_episodes=2", "evaluation.episodes=5",
+             "tracking.wandb.tags=[a, b]"]  # fmt: skip
+    arguments = ["train", str(ROOT / "configs" / "glyphs_maml.yaml"), *words, "--run-dir", str(run_dir)]
     assert CliRunner().invoke(main, arguments).exit_code == 0
+    first = json.loads((run_dir / "summary.json").read_text())
     assert CliRunner().invoke(main, ["resume", str(run_dir), "outer.steps=4"]).exit_code == 0
     runs = [read_offline_run(path) for path in offline_runs(run_dir)]
     assert len(runs) == 2 and len({r["run_id"] for r in runs}) == 1
     assert json.loads((run_dir / "summary.json").read_text())["wandb_run"] == runs[0]["run_id"]
     steps = [row for r in runs for row in r["history"] if "learning/loss" in row]
     assert [row["outer_step"] for row in steps] == [1, 2, 3, 4]
-    assert set(steps[-1]) >= METRICS
-    pictures = [row for row in runs[0]["history"] if any("episodes" in k for k in row)]
-    assert pictures, "the grid of episodes is missing"
-    assert any("evaluation" in k for row in runs[1]["history"] for k in row)
-    assert runs[0]["config"]["algorithm"]["type"] == "maml"
+    assert all(set(row) >= METRICS for row in steps)
+    for row in steps:
+        parts = sum(row[f"time/{part}_s"] for part in PARTS)
+        assert parts == pytest.approx(row["time/step_s"], rel=1e-6)
+    assert steps[-1]["restarts/driver"] == 1, "the resume is not counted"
+    for run in runs:
+        assert any(set(row) >= JUDGED for row in run["history"])
+        pictures = {name for row in run["history"] for name in row if name.startswith("pictures/")}
+        assert pictures == {"pictures/episodes", "pictures/learning_curve"}
+    assert runs[0]["config"]["algorithm"]["type"] == "maml" and runs[0]["tags"] == ["a", "b"]
+    assert runs[0]["config"]["data"]["content_id"] == first["content_id"] is not None
+    assert runs[0]["config"]["code"] == first["code"] and first["code"]["metadist"]
+    _assert_episodes(run_dir, runs[0])
+    _assert_checkpoints(runs[0], first)
+
+
+def _assert_episodes(run_dir, run):
+    (shown,) = [row["evaluation/test_table"] for row in run["history"] if "evaluation/test_table" in row]
+    assert (shown["_type"], shown["nrows"]) == ("table-file", 5)
+    (sent,) = [a["files"] for a in run["artifacts"] if a["type"] == "run_table"]
+    assert all(Path(path).is_relative_to(run_dir) for path in sent.values())
+    found = json.loads(Path(sent["evaluation/test_table.table.json"]).read_text())
+    assert found["columns"] == ["episode", "picture", "accuracy before", "accuracy after"]
+    assert [row[0] for row in found["data"]] == list(range(5))
+    for _, picture, before, after in found["data"]:
+        assert Path(sent[picture["path"]]).read_bytes().startswith(b"\x89PNG")
+        assert 0 <= before <= 1 and 0 <= after <= 1
+
+
+def _assert_checkpoints(run, summary):
+    sent = [a for a in run["artifacts"] if a["type"] == "model"]
+    (latest,) = [a for a in sent if "latest" in a["aliases"]]
+    (best,) = [a for a in sent if "best" in a["aliases"]]
+    assert latest["name"] == best["name"] == f"checkpoint-{run['run_id']}"
+    assert best["metadata"]["version"] == summary["best"]["version"]
+    assert latest["metadata"]["meta_params_sha256"] == summary["meta_params_sha256"]
+    assert set(latest["files"]) == {"meta_params.safetensors", "outer_state.safetensors", "state.json"}
+    params = load_tensors(Path(latest["files"]["meta_params.safetensors"]).read_bytes())
+    order = json.loads(Path(latest["files"]["state.json"]).read_text())["layout"]
+    assert sha256_of({name: params[name] for name in order}) == summary["meta_params_sha256"]
+
+
+def test_no_checkpoint_is_sent_where_none_is_wanted(tmp_path):
+    run_dir = tmp_path / "run"
+    words = [*SMALL, "tracking.wandb.artifacts=false"]
+    arguments = ["train", str(ROOT / "configs" / "sinusoid_maml.yaml"), *words, "--run-dir", str(run_dir)]
+    assert CliRunner().invoke(main, arguments).exit_code == 0
+    (file,) = offline_runs(run_dir)
+    assert not [a for a in read_offline_run(file)["artifacts"] if a["type"] == "model"]

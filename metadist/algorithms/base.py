@@ -14,6 +14,8 @@ from metadist.inner import Engine, FunctionalModel, InnerProblem, Tensors
 from metadist.rounds import Moment
 
 PRE = "pre_adaptation_"
+STEP = "after_step_"
+"""What the metrics of evaluations after single inner steps begin with: ``after_step_1/loss``."""
 
 
 @dataclass(frozen=True)

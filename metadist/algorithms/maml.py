@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metadist.algorithms.base import Algorithm, TaskResults
+from metadist.algorithms.base import STEP, Algorithm, TaskResults
 from metadist.algorithms.losses import LossFunction, Objective
 from metadist.episode import EpisodeBatch, Examples
 from metadist.inner import Engine, FunctionalModel, InnerProblem, Tensors
@@ -135,6 +135,24 @@ class MAML(Algorithm):
         steps = self.evaluation_inner_steps if evaluation else self.inner_steps
         shared, (fast, *_) = adapt(self.problem(steps, evaluation), meta_params, self.constants(), support)
         return self.params(shared, fast)
+
+    def evaluate(self, meta_params: Tensors, batch: EpisodeBatch) -> Tensors:
+        """As of :class:`Algorithm`; also each metric after every inner step on the way, as ``after_step_K/NAME``."""
+
+        def one(support: Examples, query: Examples) -> Tensors:
+            found: Tensors = {}
+
+            def judge(k: int, shared: Any, state: Any) -> None:
+                params = self.params(shared, state[0])
+                output = self.output(params, support, query.x, min(k, self.inner_steps), True)
+                found.update({f"{STEP}{k}/{name}": value for name, value in self.judge(output, query)[1].items()})
+
+            problem = self.problem(self.evaluation_inner_steps, evaluation=True)
+            shared, (fast, *_) = adapt(problem, meta_params, self.constants(), support, judge)
+            params = self.params(shared, fast)
+            return {**self.query_objective(params, support, query, evaluation=True)[1], **found}
+
+        return {**self.engine.map_tasks(one, batch), **self.before_adaptation(meta_params, batch, evaluation=True)}
 
     def predict(self, adapted: Tensors, support: Examples, x: Tensor, *, evaluation: bool = False) -> Tensor:
         return self.output(adapted, support, x, self.inner_steps, evaluation)

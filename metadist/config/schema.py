@@ -417,6 +417,9 @@ class WandbConfig(Section):
     project: str = "metadist"
     entity: str | None = None
     tags: tuple[str, ...] = ()
+    artifacts: bool = Field(
+        True, description="when the run is done, send its last and its best checkpoint, as versions of one artifact"
+    )
 
 
 class TrackingConfig(Section):
@@ -424,6 +427,9 @@ class TrackingConfig(Section):
 
     console: bool = True
     wandb: WandbConfig = WandbConfig()
+    prometheus: bool = Field(
+        True, description="where the runtime is ray: the figures of each step among Ray's own, for Prometheus"
+    )
 
 
 class Config(Section):

@@ -65,11 +65,24 @@ class InnerProblem:
     every_step: bool = False
 
 
-def adapt(problem: InnerProblem, meta_params: Tensors, constants: Tensors, support: Examples) -> tuple[State, State]:
-    """What is shared, and what is fast after all inner steps."""
+def adapt(
+    problem: InnerProblem,
+    meta_params: Tensors,
+    constants: Tensors,
+    support: Examples,
+    each: Callable[[int, State, State], None] | None = None,
+) -> tuple[State, State]:
+    """What is shared, and what is fast after all inner steps.
+
+    Args:
+        problem, meta_params, constants, support: as elsewhere.
+        each: called with ``(k, shared, fast)`` after each step but the last, ``k`` from 1.
+    """
     shared, fast = problem.start(meta_params, constants, support)
     for k in range(problem.steps):
         fast = problem.step(shared, fast, support, k)
+        if each is not None and k + 1 < problem.steps:
+            each(k + 1, shared, fast)
     return shared, fast
 
 

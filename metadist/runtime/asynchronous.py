@@ -43,6 +43,7 @@ class AsynchronousController(Controller):
         # A ledger of nothing: what is waited for is the flow's business.
         self._ledger = Ledger(replace(round, tasks=0), self._next_lease)
         self._update, self._started = round, self.clock()
+        self.timesheet.begin(self._started)
         self._take()
         self._lend()
 
@@ -107,13 +108,13 @@ class AsynchronousController(Controller):
                 continue
             if report.bad_tasks:
                 raise not_finite(report)
-            self.backend.accept(lease, version, self.flow.per_update, found.slot, found.weight)
+            self._accept(lease, version, self.flow.per_update, found.slot, found.weight)
             self._taken.append((found, worker, report))
 
     def _gathered(self) -> RoundResult:
         self._taken.sort(key=lambda taken: taken[0].slot)
-        result = RoundResult(self._update, gathered([(report.lease.start, report) for _, _, report in self._taken]))
-        result.seconds = self.clock() - self._started
+        metrics = gathered([(report.lease.start, report) for _, _, report in self._taken])
+        result = self._clocked(RoundResult(self._update, metrics))
         for _, worker, report in self._taken:
             result.note(worker, report)
         result.applied, result.dropped = [a for a, _, _ in self._taken], list(self.flow.dropped)

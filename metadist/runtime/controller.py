@@ -6,6 +6,7 @@ import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from metadist.rounds import Lease, Report, Round
 from metadist.runtime.backend import Backend, Computed, Died, Event, Left, Moved
 from metadist.runtime.leases import Ledger
 from metadist.runtime.pace import Pace
+from metadist.runtime.timesheet import Spent, Timesheet
 from metadist.staleness import Applied
 
 POLL_S, _LEAST_S = 1.0, 0.001
@@ -32,6 +34,8 @@ class RoundResult:
         memory: bytes by which a worker's memory grew so far, the most of them.
         programs: how many times a worker has traced or compiled something so far, the most of them.
         seconds: from the first lease to the last answer.
+        spent: what workers did with them.
+        gpus: what each worker last told of its GPU, by its number.
         tasks: what the mean gradient is taken over: the tasks there are, or the sum of their weights.
         applied: what the update is to be made of, if that is not every microbatch of the round at its version.
         dropped: (microbatch, base version) of answers that were too old.
@@ -45,6 +49,8 @@ class RoundResult:
     memory: int = 0
     programs: int = 0
     seconds: float = 0.0
+    spent: Spent = Spent()
+    gpus: dict[int, dict[str, float]] = field(default_factory=dict)
     tasks: float = 0.0
     applied: list[Applied] = field(default_factory=list)
     dropped: list[tuple[int, int]] = field(default_factory=list)
@@ -66,6 +72,8 @@ class RoundResult:
         self.data_wait_s = max(self.data_wait_s, report.data_wait_s)
         self.memory = max(self.memory, report.memory)
         self.programs = max(self.programs, report.programs)
+        if report.gpu:
+            self.gpus[worker] = report.gpu
 
 
 class Controller:
@@ -89,7 +97,7 @@ class Controller:
         quorum: float = 1.0,
     ) -> None:
         self.backend, self.on_event, self.clock, self.quorum = backend, on_event, clock, quorum
-        self.pace = Pace(lease_timeout_s)
+        self.pace, self.timesheet = Pace(lease_timeout_s), Timesheet()
         self.releases = 0
         self._next_lease = 0
         self._asked: dict[int, tuple[Lease, float]] = {}
@@ -102,9 +110,11 @@ class Controller:
 
         Its workers are known, and who is silent is still minded.
         """
-        self.pace, self.releases = earlier.pace, earlier.releases
+        self.pace, self.releases, self.timesheet = earlier.pace, earlier.releases, earlier.timesheet
         there = self.backend.workers()
         self._asked = {worker: asked for worker, asked in earlier._asked.items() if worker in there}
+        for worker in earlier._asked.keys() - self._asked.keys():
+            self.timesheet.gone(worker)
         self._next_lease = self._first_lease = earlier._unused_lease()
 
     def _unused_lease(self) -> int:
@@ -125,6 +135,7 @@ class Controller:
         self.begun = round
         self._ledger = Ledger(round, self._next_lease, self.quorum if round.kind == "train" else 1.0)
         self._started = self.clock()
+        self.timesheet.begin(self._started)
         self._reports: dict[int, tuple[int, Report]] = {}
         self._lend()
 
@@ -144,7 +155,9 @@ class Controller:
 
     def _reopened(self) -> bool:
         """Whether gradients were lost on their way to the server, with their node, and are computed again."""
+        before = self.clock()
         lost = self.backend.settle()
+        self.timesheet.moved(before, self.clock())
         for lease in lost:
             self._reopen(lease)
         if lost:
@@ -187,6 +200,7 @@ class Controller:
 
     def _ask(self, worker: int, lease: Lease, now: float) -> None:
         self._asked[worker] = lease, now
+        self.timesheet.lent(worker, now)
         self.backend.lease(worker, lease)
 
     def _patience(self, lease: Lease) -> float:
@@ -214,17 +228,21 @@ class Controller:
         if isinstance(event, Computed):
             self._computed(event)
         elif isinstance(event, Died):
-            self.pace.forget(event.worker)
+            self._forget(event.worker)
             lost = self._lost(event.worker)
             self._asked.pop(event.worker, None)
             self.on_event(f"worker {event.worker} died ({event.reason}); {lost} microbatches go to others")
         elif isinstance(event, Left):
-            self.pace.forget(event.worker)
+            self._forget(event.worker)
             self.on_event(f"worker {event.worker} left ({event.reason})")
         elif isinstance(event, Moved):
             self.on_event(f"{event.what} moved to another node ({event.reason})")
         else:
             self.on_event(f"worker {event.worker} joined")
+
+    def _forget(self, worker: int) -> None:
+        self.pace.forget(worker)
+        self.timesheet.gone(worker)
 
     def _lost(self, worker: int) -> int:
         """Takes back what a worker held; returns how many microbatches are to be computed by others."""
@@ -233,7 +251,9 @@ class Controller:
     def _computed(self, event: Computed) -> None:
         lease, since = self._asked.pop(event.worker, (None, 0.0))
         if lease is not None:
-            self.pace.note(lease.round.kind, event.worker, lease.stop - lease.start, self.clock() - since)
+            now, report = self.clock(), event.report
+            self.pace.note(lease.round.kind, event.worker, lease.stop - lease.start, now - since)
+            self.timesheet.answered(event.worker, now, report.data_wait_s, report.compute_s)
         if lease is None or lease.number != event.report.lease.number:
             return  # heard of already
         if lease.number < self._first_lease:
@@ -250,14 +270,24 @@ class Controller:
         if report.bad_tasks:
             raise not_finite(report)
         if round.kind == "train":
-            self.backend.accept(lease, round.version, round.microbatches)
+            self._accept(lease, round.version, round.microbatches)
         for m in range(lease.start, lease.stop):
             self._reports.setdefault(m, (worker, report))
 
+    def _accept(self, lease: Lease, version: int, count: int, *place: Any) -> None:
+        before = self.clock()
+        self.backend.accept(lease, version, count, *place)
+        self.timesheet.moved(before, self.clock())
+
+    def _clocked(self, result: RoundResult) -> RoundResult:
+        """The result with how long the round took, which ends now."""
+        now = self.clock()
+        result.seconds, result.spent = now - self._started, self.timesheet.close(now, self.backend.workers())
+        return result
+
     def _result(self) -> RoundResult:
         round, there = self._ledger.round, sorted(self._reports)
-        result = RoundResult(round, gathered([(m, self._reports[m][1]) for m in there]))
-        result.seconds = self.clock() - self._started
+        result = self._clocked(RoundResult(round, gathered([(m, self._reports[m][1]) for m in there])))
         result.tasks = sum(len(round.episodes(m)) for m in there)
         for worker, report in {id(r): (w, r) for w, r in self._reports.values()}.values():
             result.note(worker, report)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,9 @@ from typing import Any
 from metadist.errors import TrackingError
 
 _log = logging.getLogger(__name__)
+
+PARTS = ("data", "compute", "transfer", "wait", "update")
+"""What the time of a step is made of, in its order; ``NAME_s`` in the metrics of a step, adding up to ``step_s``."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,8 @@ class RunInfo:
         wandb_run_id: the Weights & Biases run to continue, if there is one.
         workers: how many workers it asks for.
         metric: what tasks are judged by, ``accuracy`` or for example ``mean_squared_error``.
+        code: which code runs: see :func:`metadist.origin.code_version`.
+        content_id: of the data set, if it has one.
     """
 
     run_dir: Path
@@ -36,6 +41,25 @@ class RunInfo:
     wandb_run_id: str | None = None
     workers: int = 1
     metric: str = "accuracy"
+    code: Mapping[str, str] = field(default_factory=dict)
+    content_id: str | None = None
+
+
+@dataclass(frozen=True)
+class ShownEpisode:
+    """One episode of an evaluation, as a picture.
+
+    Args:
+        number: of the episode, in the evaluation's order.
+        picture: a PNG of support and query examples, with what the learner made of them.
+        before: the task's metric before adaptation.
+        after: the same after adaptation.
+    """
+
+    number: int
+    picture: bytes
+    before: float
+    after: float
 
 
 class Tracker:
@@ -49,8 +73,9 @@ class Tracker:
 
         Args:
             version: the version that the step made, from 1.
-            metrics: numbers and words by name, as in a line of ``metrics.jsonl``. ``worker_s`` may be a mapping
-                from workers to the seconds that each computed.
+            metrics: numbers and words by name, as in a line of ``metrics.jsonl``. Some are mappings: ``worker_s`` from
+                workers to the seconds that each computed, ``utilisation`` to the share of the step that was, ``gpu``
+                to what each tells of its GPU; ``restarts`` from kinds of processes to counts.
         """
 
     def log_evaluation(self, version: int, result: Mapping[str, Any]) -> None:
@@ -59,11 +84,29 @@ class Tracker:
         Args:
             version: of the meta-parameters that were judged.
             result: ``split, episodes, metric, pre_adaptation, mean, ci95, batchnorm``; of learners that read sequences
-                also ``by_instance``.
+                also ``by_instance``, of those that adapt in steps ``by_step``.
         """
 
     def log_picture(self, name: str, path: Path) -> None:
         """A picture file (PNG)."""
+
+    def log_episodes(self, version: int, split: str, episodes: Sequence[ShownEpisode]) -> None:
+        """Some episodes of the last evaluation of ``version`` on ``split``."""
+
+    def log_checkpoint(
+        self, version: int, files: Mapping[str, Path], aliases: Sequence[str], metadata: Mapping[str, Any]
+    ) -> None:
+        """A checkpoint that is to outlast the run directory.
+
+        Args:
+            version: of it.
+            files: what it consists of, by name; they are there until the call returns.
+            aliases: ``latest``, ``best`` or both.
+            metadata: ``version``, ``meta_params_sha256``, ``content_id`` and the like.
+        """
+
+    def alert(self, title: str, text: str) -> None:
+        """Something that needs a person; rare."""
 
     def rewind(self, version: int) -> None:
         """The run goes back to ``version``; the steps after it will be told of once more."""
@@ -120,6 +163,17 @@ class Trackers(Tracker):
 
     def log_picture(self, name: str, path: Path) -> None:
         self._each("log_picture", lambda t: t.log_picture(name, path))
+
+    def log_episodes(self, version: int, split: str, episodes: Sequence[ShownEpisode]) -> None:
+        self._each("log_episodes", lambda t: t.log_episodes(version, split, episodes))
+
+    def log_checkpoint(
+        self, version: int, files: Mapping[str, Path], aliases: Sequence[str], metadata: Mapping[str, Any]
+    ) -> None:
+        self._each("log_checkpoint", lambda t: t.log_checkpoint(version, files, aliases, metadata))
+
+    def alert(self, title: str, text: str) -> None:
+        self._each("alert", lambda t: t.alert(title, text))
 
     def rewind(self, version: int) -> None:
         self._each("rewind", lambda t: t.rewind(version))

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from metadist.progress import left
-from metadist.tracking.base import RunInfo, Tracker
+from metadist.tracking.base import PARTS, RunInfo, Tracker
 
 _SHARES = {"accuracy"}
+_BAR_TIME_S = 1.0
 
 
 class ConsoleTracker(Tracker):
@@ -40,6 +41,7 @@ class ConsoleTracker(Tracker):
         out, err = self._streams
         self._out, self._err = out or sys.stdout, err or sys.stderr
         self._started, self._spoke = self._clock(), float("-inf")
+        self._spent: dict[str, float] = dict.fromkeys(PARTS, 0.0)
         if self._err.isatty():
             self._open_bar()
         else:
@@ -48,13 +50,19 @@ class ConsoleTracker(Tracker):
 
     def log(self, version: int, metrics: Mapping[str, Any]) -> None:
         self._version = version
+        for part in PARTS:
+            self._spent[part] += _seconds(metrics, part)
+        now = self._clock()
         if self._bar is not None:
+            if now - self._spoke >= _BAR_TIME_S:
+                self._bar.update(self._task, time=self._time())
+                self._spoke = now
             self._bar.update(self._task, completed=version, state=self._state(metrics))
             return
-        now = self._clock()
         if now - self._spoke >= self._interval_s or version == self._run.total_steps:
             self._spoke = now
-            self.message(f"step {version}/{self._run.total_steps}  {self._state(metrics)}  {self._left()}")
+            told = [f"step {version}/{self._run.total_steps}", self._state(metrics), self._time(), self._left()]
+            self.message("  ".join(filter(None, told)))
 
     def log_evaluation(self, version: int, result: Mapping[str, Any]) -> None:
         self.message(f"evaluation of step {version} on {result.get('split', 'test')}: {judged(result)}")
@@ -64,6 +72,9 @@ class ConsoleTracker(Tracker):
             self._bar.console.print(text, markup=False, highlight=False)
         else:
             print(text, file=self._err, flush=True)
+
+    def alert(self, title: str, text: str) -> None:
+        self.message(f"warning, {title}: {text}")
 
     def finish(self, summary: Mapping[str, Any], exit_code: int) -> None:
         if self._bar is not None:
@@ -85,12 +96,13 @@ class ConsoleTracker(Tracker):
         from rich.text import Text
 
         class Bar(Progress):
-            """A bar with the numbers on a line below, so that both fit 80 columns."""
+            """A bar with the numbers, and where the time goes, on lines below, so that each fits 80 columns."""
 
             def get_renderables(self) -> Iterable[RenderableType]:
                 yield from super().get_renderables()
                 for task in self.tasks:
-                    yield Text(task.fields["state"], style="dim", no_wrap=True, overflow="ellipsis")
+                    for line in filter(None, (task.fields["state"], task.fields["time"])):
+                        yield Text(line, style="dim", no_wrap=True, overflow="ellipsis")
 
         self._bar = Bar(
             TextColumn("{task.description}", markup=False, style="bold"),
@@ -101,7 +113,7 @@ class ConsoleTracker(Tracker):
             expand=True,
         )
         self._task = self._bar.add_task(
-            self._run.name, total=self._run.total_steps, completed=self._run.start_version, state=""
+            self._run.name, total=self._run.total_steps, completed=self._run.start_version, state="", time=""
         )
         self._bar.start()
 
@@ -119,6 +131,14 @@ class ConsoleTracker(Tracker):
         found.append(f"{metrics.get('workers', self._run.workers)} workers")
         return "  ".join(found)
 
+    def _time(self) -> str:
+        """Where the time went since this was last said; parts of less than a hundredth are left out."""
+        spent, self._spent = self._spent, dict.fromkeys(PARTS, 0.0)
+        whole = sum(spent.values())
+        shares = {part: round(100 * s / whole) if whole > 0 else 0 for part, s in spent.items()}
+        said = "  ".join(f"{part} {share} %" for part, share in shares.items() if share)
+        return f"time: {said}" if said else ""
+
     def _left(self) -> str:
         done = self._version - self._run.start_version
         return left((self._clock() - self._started) / max(done, 1) * (self._run.total_steps - self._version))
@@ -134,6 +154,11 @@ class ConsoleTracker(Tracker):
         for label, value in rows:
             table.add_row(label, Text(value, style="bold green" if label == "after adaptation" else ""))
         Console(file=self._out).print(table)
+
+
+def _seconds(metrics: Mapping[str, Any], part: str) -> float:
+    found = metrics.get(f"{part}_s")
+    return float(found) if isinstance(found, (int, float)) else 0.0
 
 
 def number(value: Any, metric: str) -> str:

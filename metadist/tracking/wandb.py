@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import netrc
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
 from metadist.errors import TrackingError
-from metadist.tracking.base import RunInfo, Tracker
+from metadist.tracking.base import RunInfo, ShownEpisode, Tracker
 
 MODES = ("auto", "online", "offline", "disabled")
 
 _PANELS = {
-    "loss": "learning",
-    "grad_norm": "learning",
-    "outer_lr": "learning",
     "tasks_per_s": "throughput",
-    "staleness": "workers",
+    "staleness": "staleness",
+    "staleness_max": "staleness",
+    "dropped": "staleness",
+    "left_out": "staleness",
     "workers": "workers",
-    "releases": "workers",
     "worker_memory_mb": "workers",
+    "releases": "restarts",
 }
+_MAPPED = {"worker_s": "workers/{}_s", "utilisation": "workers/{}_utilisation", "restarts": "restarts/{}"}
 _SECRET = re.compile(r"(^|[_.-])(key|keys|token|password|passwd|secret|credentials?)$", re.IGNORECASE)
 
 
@@ -32,7 +35,11 @@ class WandbTracker(Tracker):
     """Sends a run to Weights & Biases, or keeps it under ``RUN_DIR/wandb`` for ``wandb sync``.
 
     One run id lasts across resumes. Only the driver writes; code is never uploaded, nothing is printed, and config
-    entries named like a secret are masked. Rows carry ``outer_step``, the version, which all charts use.
+    entries named like a secret are masked. Rows carry ``outer_step``, the version, which all charts use. Their names
+    fall into panels: ``learning``, ``adaptation`` (the curve by inner steps), ``throughput``, ``time`` (the budget of a
+    step), ``staleness``, ``workers``, ``gpus``, ``restarts`` and ``evaluation``.
+
+    In a sweep the run is the one that the agent has announced, in the sweep's project.
 
     Args:
         mode: ``online``, ``offline``, ``disabled``, or ``auto``: what ``WANDB_MODE`` says, else online where an
@@ -62,7 +69,8 @@ class WandbTracker(Tracker):
         Raises:
             TrackingError: the client is not installed, there is no account for ``online``, or it refuses.
         """
-        self._version, self._metric = run.start_version, run.metric
+        self._version, self._metric, self._run_dir = run.start_version, run.metric, run.run_dir
+        self._secrets = masked(run.config) != dict(run.config)
         if self.mode == "auto":
             self.mode = automatic_mode()
         elif self.mode == "online" and not has_account():
@@ -105,13 +113,52 @@ class WandbTracker(Tracker):
         shown = result.get("by_instance", {})
         instances = {f"evaluation/{split}_accuracy_instance_{n}": v["mean"] for n, v in shown.items()}
         single = {f"evaluation/{split}_{name}": result[key] for key, name in names.items() if key in result}
-        self._send({**single, **instances})
+        curve = {
+            f"adaptation/{split}_{name}_step_{k}": value
+            for k, found in result.get("by_step", {}).items()
+            for name, value in found.items()
+        }
+        self._send({**single, **instances, **curve})
 
     def log_picture(self, name: str, path: Path) -> None:
         if self._run is not None:
             import wandb
 
             self._send({f"pictures/{name}": wandb.Image(str(path))})
+
+    def log_episodes(self, version: int, split: str, episodes: Sequence[ShownEpisode]) -> None:
+        if self._run is None or not episodes:
+            return
+        import wandb
+        from PIL import Image
+
+        metric = self._metric
+        table = wandb.Table(columns=["episode", "picture", f"{metric} before", f"{metric} after"])
+        for shown in episodes:
+            picture = wandb.Image(Image.open(io.BytesIO(shown.picture)))
+            table.add_data(shown.number, picture, shown.before, shown.after)
+        self._version = version
+        with self._staged():
+            self._send({f"evaluation/{split}_table": table})
+
+    def log_checkpoint(
+        self, version: int, files: Mapping[str, Path], aliases: Sequence[str], metadata: Mapping[str, Any]
+    ) -> None:
+        if self._run is None:
+            return
+        import wandb
+
+        made = wandb.Artifact(f"checkpoint-{self.run_id}", type="model", metadata=dict(metadata))
+        with self._staged():
+            for name, path in files.items():
+                # A checkpoint's state holds the config as it is.
+                if not (self._secrets and path.suffix == ".json"):
+                    made.add_file(str(path), name)
+            self._run.log_artifact(made, aliases=list(aliases))
+
+    def alert(self, title: str, text: str) -> None:
+        if self._run is not None:
+            self._run.alert(title, text, level="WARN")
 
     def finish(self, summary: Mapping[str, Any], exit_code: int) -> None:
         if self._run is None:
@@ -123,6 +170,19 @@ class WandbTracker(Tracker):
     def _send(self, row: Mapping[str, Any]) -> None:
         if self._run is not None:
             self._run.log({**row, "outer_step": self._version})
+
+    @contextlib.contextmanager
+    def _staged(self) -> Iterator[None]:
+        """Keeps what is to be uploaded with the run, not in the home directory, until it is."""
+        name = "WANDB_DATA_DIR"
+        if name in os.environ:
+            yield
+            return
+        os.environ[name] = str(self._run_dir.resolve() / "wandb" / "data")
+        try:
+            yield
+        finally:
+            del os.environ[name]
 
     def _open(self, wandb: Any, run: RunInfo) -> Any:
         wanted = {
@@ -137,16 +197,18 @@ class WandbTracker(Tracker):
         settings = {k: v for k, v in wanted.items() if k in wandb.Settings.model_fields}
         if not os.access(run.run_dir, os.W_OK):  # the client would quietly write to the temporary folder
             raise PermissionError(f"{run.run_dir} cannot be written")
+        of_sweep = run.wandb_run_id is not None and run.wandb_run_id == sweeps_run()
         opened = wandb.init(
             dir=str(run.run_dir),
-            id=run.wandb_run_id,
+            # In a sweep the client takes what the agent has set, and complains of any other.
+            id=None if of_sweep else run.wandb_run_id,
             resume="allow",
             mode=self.mode,
-            project=self.project,
-            entity=self.entity,
-            name=run.name,
+            project=None if of_sweep else self.project,
+            entity=None if of_sweep else self.entity,
+            name=run.run_dir.name if of_sweep else run.name,
             tags=self.tags,
-            config=masked(run.config),
+            config={**masked(run.config), "code": dict(run.code), "data": {"content_id": run.content_id}},
             settings=wandb.Settings(**settings),
             reinit="create_new",
         )
@@ -164,6 +226,11 @@ def automatic_mode() -> str:
     if asked in ("offline", "disabled"):
         return asked
     return "online" if has_account() else "offline"
+
+
+def sweeps_run() -> str | None:
+    """The id under which an agent of a sweep expects this process's run; None outside of sweeps."""
+    return (os.environ.get("WANDB_RUN_ID") or None) if os.environ.get("WANDB_SWEEP_ID") else None
 
 
 def has_account() -> bool:
@@ -209,11 +276,13 @@ def masked(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested mappings flattened with slashes; ``worker_s`` becomes ``workers/<k>_s``. What is None is left out."""
+    """Nested mappings flattened with slashes, those by worker into panels. What is None is left out."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        if name == "worker_s" and isinstance(value, Mapping):
-            flat.update({f"workers/{worker}_s": seconds for worker, seconds in value.items()})
+        if name in _MAPPED and isinstance(value, Mapping):
+            flat.update({_MAPPED[name].format(k): v for k, v in value.items()})
+        elif name == "gpu" and isinstance(value, Mapping):
+            flat.update({f"gpus/{worker}_{what}": v for worker, told in value.items() for what, v in told.items()})
         elif isinstance(value, Mapping):
             flat.update({f"{name}/{k}": v for k, v in _flat(value).items()})
         elif value is not None:

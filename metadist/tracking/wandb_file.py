@@ -29,21 +29,25 @@ def read_offline_run(path: Path) -> dict[str, Any]:
         path: a ``.wandb`` file, or the folder ``offline-run-...`` that holds one.
 
     Returns:
-        ``run_id``, ``name``, ``project``, ``config`` and ``summary`` (mappings) and ``history`` (a list with the
-        row of each log call). A cut end, as a kill leaves it, is left out.
+        ``run_id``, ``name``, ``project``, ``sweep_id``, ``tags``, ``config`` and ``summary`` (mappings), ``history`` (a
+        list with the row of each log call), ``artifacts`` (``name, type, aliases, metadata`` and ``files``, from names
+        to the paths they are to be sent from) and ``alerts`` (``title, text``). A cut end, as a kill leaves it, is left
+        out.
 
     Raises:
         DataError: there is no such file, it is of another kind, or bytes before its end are damaged.
     """
     from wandb.proto import wandb_internal_pb2
 
-    found: dict[str, Any] = {"run_id": None, "name": None, "project": None, "config": {}, "summary": {}, "history": []}
+    found: dict[str, Any] = {"run_id": None, "name": None, "project": None, "sweep_id": None, "tags": []}
+    found |= {"config": {}, "summary": {}, "history": [], "artifacts": [], "alerts": []}
     for data in _records(_file_of(path)):
         record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
         record.ParseFromString(data)
         kind = record.WhichOneof("record_type")
         if kind == "run":
             found.update(run_id=record.run.run_id, name=record.run.display_name, project=record.run.project)
+            found.update(sweep_id=record.run.sweep_id or None, tags=list(record.run.tags))
             found["config"].update(_items(record.run.config.update))
         elif kind == "config":
             found["config"].update(_items(record.config.update))
@@ -51,6 +55,12 @@ def read_offline_run(path: Path) -> dict[str, Any]:
             found["history"].append(_items(record.history.item))
         elif kind == "summary":
             found["summary"].update(_items(record.summary.update))
+        elif kind == "artifact":
+            found["artifacts"].append(_artifact(record.artifact))
+        elif kind == "request" and record.request.WhichOneof("request_type") == "log_artifact":
+            found["artifacts"].append(_artifact(record.request.log_artifact.artifact))
+        elif kind == "alert":
+            found["alerts"].append({"title": record.alert.title, "text": record.alert.text})
     return found
 
 
@@ -59,6 +69,16 @@ def _file_of(path: Path) -> Path:
     if len(files) != 1 or not files[0].is_file():
         raise DataError(path, f"holds {len(files) if path.is_dir() else 0} .wandb files", "name one offline run")
     return files[0]
+
+
+def _artifact(record: Any) -> dict[str, Any]:
+    return {
+        "name": record.name,
+        "type": record.type,
+        "aliases": list(record.aliases),
+        "metadata": json.loads(record.metadata or "{}"),
+        "files": {entry.path: entry.local_path for entry in record.manifest.contents},
+    }
 
 
 def _items(items: Any) -> dict[str, Any]:

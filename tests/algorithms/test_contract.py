@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from metadist.algorithms import BUILT_IN, Algorithm, Moment
-from metadist.algorithms.base import PRE
+from metadist.algorithms.base import PRE, STEP
 from metadist.config.algorithms import AlgorithmConfig
 from metadist.config.load import family
 from metadist.episode import EpisodeBatch
@@ -156,3 +156,24 @@ def test_bad_hyper_parameters_are_refused_by_name(name: str) -> None:
 
 
 assert MODULES
+
+
+IN_STEPS = {"maml", "anil", "boil", "meta_sgd", "cavia", "protomaml"}
+STEPPED = [name for name, case in CASES.items() if case.type in IN_STEPS and case.options.get("inner_steps", 1) > 1]
+
+
+@pytest.mark.parametrize("name", STEPPED)
+def test_the_curve_by_inner_step_is_what_fewer_steps_would_have_given(name: str) -> None:
+    learner, batch = learner_of(CASES[name]), episodes(4)
+    params, whole = moved(learner), learner.evaluation_inner_steps
+    assert whole > 1
+    found = learner.evaluate(params, batch)
+    told = {k.partition("/")[0] for k in found if k.startswith(STEP)}
+    assert told == {f"{STEP}{k}" for k in range(1, whole)}
+    for k in range(1, whole):
+        fewer = learner_of(CASES[name])
+        fewer.inner_steps = fewer.evaluation_inner_steps = k
+        wanted = fewer.evaluate(params, batch)
+        for metric in ("loss", learner.objective.metric):
+            torch.testing.assert_close(found[f"{STEP}{k}/{metric}"], wanted[metric], rtol=1e-9, atol=1e-12)
+    assert float((found[f"{STEP}1/loss"] - found["loss"]).abs().min()) > 0

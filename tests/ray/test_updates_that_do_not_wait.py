@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from metadist.cli import main
 from metadist.history import UPDATES
+from metadist.tracking.base import PARTS
 from metadist.tracking.jsonl import read_lines
 from tests.faults import SERVERS, struck, wait_for_step
 from tests.ray.test_same_answer_anywhere import (
@@ -54,6 +55,8 @@ def test_a_disturbed_asynchronous_run_keeps_its_bound_and_is_replayed_to_the_bit
     assert max(lags) <= BOUND and any(lags), "with two workers some gradients lag, none by more than the bound"
     metrics = read_lines(run_dir / "metrics.jsonl")
     assert [m["staleness"] for m in metrics] == [sum(lags[i : i + 3]) / 3 for i in range(0, len(lags), 3)]
+    for m in metrics:
+        assert sum(m[f"{part}_s"] for part in PARTS) == pytest.approx(m["step_s"], rel=1e-6), "time is lost"
     assert sum(m["dropped"] for m in metrics) == sum(len(line["dropped"]) for line in lines)
 
     summary = json.loads((run_dir / "summary.json").read_text())

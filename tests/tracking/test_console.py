@@ -48,6 +48,24 @@ def test_a_log_gets_a_line_every_few_seconds_and_the_last_step(tmp_path: Path) -
     assert out.getvalue() == ""
 
 
+def test_where_the_time_goes_is_that_since_it_was_last_said(tmp_path: Path) -> None:
+    err = io.StringIO()
+    tracker, clock = _console(tmp_path, io.StringIO(), err)
+    for version, (compute, wait) in enumerate([(1.0, 0.0), (3.0, 1.0), (1.0, 3.0), (4.0, 0.01)], 1):
+        tracker.log(version, {**STEP, "compute_s": compute, "wait_s": wait, "data_s": None})
+        clock.now += 3.0
+    lines = err.getvalue().splitlines()[1:]
+    assert "2 workers  time: compute 100 %  " in lines[0]
+    assert "2 workers  time: compute 50 %  wait 50 %  " in lines[1], "steps 2 and 3"
+
+
+def test_an_alert_is_said(tmp_path: Path) -> None:
+    err = io.StringIO()
+    tracker, _ = _console(tmp_path, io.StringIO(), err)
+    tracker.alert("diverging", "the loss is high")
+    assert err.getvalue().splitlines()[-1] == "warning, diverging: the loss is high"
+
+
 def test_time_left_after_a_resume_counts_this_sessions_steps(tmp_path: Path) -> None:
     err = io.StringIO()
     tracker, clock = _console(tmp_path, io.StringIO(), err, start_version=90)
@@ -111,10 +129,11 @@ def test_a_terminal_gets_a_bar_and_a_drawn_table(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("TERM", "xterm")
     out, err = Terminal(), Terminal()
     tracker, _ = _console(tmp_path, out, err, name="gly[ph]s")
-    tracker.log(40, STEP)
+    tracker.log(40, {**STEP, "compute_s": 0.75, "update_s": 0.25})
     tracker.message("worker [bold]1[/bold] joined")
     tracker.finish({"evaluation": EVALUATION}, 0)
     assert " 40/100" in err.getvalue() and "loss 0.250" in err.getvalue() and "62 tasks/s  2 workers" in err.getvalue()
+    assert "time: compute 75 %  update 25 %" in err.getvalue()
     assert "worker [bold]1[/bold] joined" in err.getvalue(), "text was read as markup"
     assert "gly[ph]s" in err.getvalue() and "gly[ph]s" in out.getvalue()
     assert "95.12 ± 0.52 %" in out.getvalue() and "┃" not in out.getvalue() and "│" in out.getvalue()

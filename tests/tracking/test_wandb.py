@@ -32,7 +32,9 @@ def _no_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def _step(version: int) -> dict[str, object]:
     return {"loss": 1 / version, "accuracy": 0.5, "pre_adaptation_loss": 1.6, "pre_adaptation_accuracy": 0.2,
             "grad_norm": 0.3, "tasks_per_s": 60.0, "step_s": 0.2, "data_wait_s": 0.01, "server_s": 0.002,
-            "staleness": 0, "workers": 2, "worker_s": {"0": 0.11, "1": 0.12}}  # fmt: skip
+            "staleness": 0, "workers": 2, "worker_s": {"0": 0.11, "1": 0.12},
+            "utilisation": {"0": 0.55, "1": 0.6}, "restarts": {"worker": 0, "server": 1},
+            "gpu": {"0": {"utilisation": 0.5, "memory_mb": 7.0}}}  # fmt: skip
 
 
 def test_an_offline_run_holds_everything_and_a_resume_continues_it(
@@ -67,8 +69,9 @@ def test_an_offline_run_holds_everything_and_a_resume_continues_it(
     assert [row["outer_step"] for row in rows] == [1, 2]
     wanted = {"learning/loss": 0.5, "learning/accuracy": 0.5, "learning/pre_adaptation_loss": 1.6,
               "learning/pre_adaptation_accuracy": 0.2, "learning/grad_norm": 0.3, "throughput/tasks_per_s": 60.0,
-              "time/step_s": 0.2, "time/data_wait_s": 0.01, "time/server_s": 0.002, "workers/staleness": 0,
-              "workers/workers": 2, "workers/0_s": 0.11, "workers/1_s": 0.12}  # fmt: skip
+              "time/step_s": 0.2, "time/data_wait_s": 0.01, "time/server_s": 0.002, "staleness/staleness": 0,
+              "workers/workers": 2, "workers/0_s": 0.11, "workers/1_s": 0.12, "workers/1_utilisation": 0.6,
+              "restarts/server": 1, "gpus/0_utilisation": 0.5, "gpus/0_memory_mb": 7.0}  # fmt: skip
     assert {k: rows[1][k] for k in wanted} == wanted
     judged = next(row for row in one["history"] if "evaluation/test_accuracy" in row)
     assert (judged["evaluation/test_accuracy"], judged["evaluation/test_pre_adaptation_accuracy"]) == (0.95, 0.2)
@@ -86,6 +89,29 @@ def _assert_discreet(run_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert not list(run_dir.rglob("*.py")) and not list(run_dir.rglob("diff.patch"))
     assert all(b"hunter2" not in p.read_bytes() for p in run_dir.rglob("*") if p.is_file())
     assert not [n for n in os.environ if n.startswith(("WANDB_SERVICE", "_WANDB"))]
+
+
+def test_alerts_are_kept_and_a_checkpoints_config_is_not_sent_if_it_holds_a_secret(tmp_path: Path) -> None:
+    state, tensors = tmp_path / "state.json", tmp_path / "meta_params.safetensors"
+    state.write_text('{"config": {"api_key": "hunter2"}}')
+    tensors.write_bytes(b"x")
+    files = {"meta_params.safetensors": tensors, "state.json": state}
+    for config, sent in (({"api_key": "hunter2"}, {"meta_params.safetensors"}), ({"seed": 1}, set(files))):
+        run_dir = tmp_path / str(len(sent))
+        run_dir.mkdir()
+        tracker = WandbTracker()
+        tracker.start(RunInfo(run_dir, config=config, code={"metadist": "1", "commit": "c0ffee"}, content_id="abc"))
+        tracker.alert("diverging", "the loss is high")
+        tracker.log_checkpoint(3, files, ["latest", "best"], {"version": 3})
+        tracker.finish({}, 0)
+        (file,) = offline_runs(run_dir)
+        run = read_offline_run(file)
+        assert run["alerts"] == [{"title": "diverging", "text": "the loss is high"}]
+        (artifact,) = run["artifacts"]
+        assert set(artifact["files"]) == sent and sorted(artifact["aliases"]) == ["best", "latest"]
+        assert artifact["metadata"] == {"version": 3}
+        assert run["config"]["code"]["commit"] == "c0ffee" and run["config"]["data"] == {"content_id": "abc"}
+    assert "WANDB_DATA_DIR" not in os.environ
 
 
 def test_rows_survive_a_kill(tmp_path: Path) -> None:
