@@ -200,7 +200,7 @@ class RayServer:
             self.pass_on(node)
         sent, self._sent = self._sent, []
         lost: dict[int, Lease] = {}
-        for message in sent:
+        for message in [] if self._all_came(sent) else sent:
             if self._failed(message):
                 lost |= {lease.number: lease for lease in message.leases}
                 if message.slot is not None:
@@ -234,6 +234,14 @@ class RayServer:
         """Ends the actors."""
         for actor in [*(g.actor for g in self._node_sums.values()), *self._shards]:
             kill(actor)
+
+    def _all_came(self, messages: Sequence[_Sent]) -> bool:
+        """Whether nothing was lost on its way, asked of all at once, which costs a fraction of asking each."""
+        try:
+            ray.get([ref for message in messages for ref in message.refs], timeout=self._timeout_s)
+        except RayError:
+            return False
+        return True
 
     def _failed(self, message: _Sent) -> bool:
         """Whether gradients were lost before they came to the server; raises if the server is."""

@@ -71,7 +71,12 @@ def numbers(run_dir: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("workers", "shards", "node_sums"), [pytest.param(1, 1, False, marks=pytest.mark.slow), (2, 4, False), (3, 2, True)]
+    ("workers", "shards", "node_sums"),
+    [
+        pytest.param(1, 1, False, marks=pytest.mark.slow),
+        pytest.param(2, 4, False, marks=pytest.mark.slow),
+        (3, 2, True),
+    ],
 )
 @pytest.mark.usefixtures("cluster")
 def test_ray_gives_the_bits_of_one_process(omniglot_shards, undisturbed, tmp_path, workers, shards, node_sums):
