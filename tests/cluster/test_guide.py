@@ -20,12 +20,13 @@ OURS = [words for words in WORDS if words[:1] == ["metadist"]]
 
 def test_every_way_has_its_heading() -> None:
     headings = re.findall(r"^## (.+)$", GUIDE, re.MULTILINE)
-    assert headings == ["The image", "KubeRay", "Slurm", "AWS and Google Cloud", "By hand"]
+    assert headings == ["The image", "KubeRay", "Slurm", "AWS and Google Cloud", "Watching it", "By hand"]
 
 
 def test_every_file_of_the_folder_is_named_and_every_file_named_is_there() -> None:
     named = {w for words in WORDS for w in words if re.match(r"(cluster|configs)/", w)}
     named |= {f"cluster/{w}" for w in re.findall(r"^\| .*?\| `([\w./]+)` \|", GUIDE, re.MULTILINE)}
+    named |= set(re.findall(r"`(cluster/grafana/[\w.]+)`", GUIDE))
     manifests = set(re.findall(r"`([\w-]+\.yaml)`", GUIDE)) - {"aws.yaml", "gcp.yaml"}
     named |= {f"cluster/kuberay/{w}" for w in manifests}
     assert all((ROOT / name).exists() for name in named), {n for n in named if not (ROOT / n).exists()}
