@@ -17,6 +17,9 @@ from metadist.errors import ClusterError, first_line
 from metadist.runtime.backend import ALLOCATOR
 
 _CONNECT_TIMEOUT_S = 20.0
+# What is smaller goes within the messages, a Conv4's gradient among it: through the object store it costs every process
+# on its way another exchange with Ray's own.
+_WITHIN_MESSAGES = 1_000_000
 
 
 def connect(runtime: RuntimeConfig) -> bool:
@@ -40,6 +43,7 @@ def connect(runtime: RuntimeConfig) -> bool:
             include_dashboard=False,
             num_cpus=max(workers * runtime.threads_per_worker, 1),
             runtime_env={"env_vars": environment},
+            _system_config={"max_direct_call_object_size": _WITHIN_MESSAGES},
             **common,
         )
         _protect_token()
