@@ -9,12 +9,13 @@ from metadist.simulator.cluster import Cluster, Costs, Machine, Network
 
 TWO_CORES = Cluster(
     Machine(
-        cores=2, copy_bytes_per_s=8e9, sum_bytes_per_s=9e9, updates_per_s=1.3e9, threads=2, tcp_bytes_per_s=0.8e9,
+        cores=2, copy_bytes_per_s=9.39e9, sum_bytes_per_s=1.46e10,
+        updates_per_s=5.23e8, threads=2, tcp_bytes_per_s=3.29e9,
     ),
     Network(),
     Costs(
-        lease_s=0.9e-3, answer_s=1.1e-3, part_s=0.5e-3, step_s=1e-3, worker_s=3e-3, add_s=0.8e-3, commit_s=1.5e-3,
-        message_s=50e-6,
+        lease_s=0.825e-3, answer_s=0.825e-3, part_s=0.879e-3, step_s=4.18e-3, worker_s=5.03e-3,
+        crowd_s=0.0228e-3, worker_part_s=2.03e-3, add_s=0.952e-3, commit_s=4.14e-3, message_s=0.00505e-3,
     ),
     source="measured on 2026-11-26 by tools/bench/simulate.py --calibrate: one machine, two cores, Ray 2.60",
 )  # fmt: skip

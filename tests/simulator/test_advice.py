@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -127,4 +129,8 @@ def test_small_models_are_offered_no_shards_and_one_node_no_sums() -> None:
 
 def test_presets_say_where_their_numbers_are_from() -> None:
     assert all("assumed" in PRESETS[name].source for name in ("gpu_10g", "gpu_100g"))
-    assert "measured" in PRESETS["two_cores"].source
+    two = PRESETS["two_cores"]
+    kept = json.loads((ROOT / "tools/bench/results/simulated_two_cores.json").read_text())["setup"]["measurements"]
+    assert "measured" in two.source
+    assert dataclasses.asdict(two.costs) == pytest.approx(kept["costs"], rel=0.01)
+    assert dataclasses.asdict(two.machine) == pytest.approx(kept["machine"], rel=0.01)
