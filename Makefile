@@ -4,8 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# Processes that run the tests, file by file; more than cores, as those that use Ray wait a good deal.
-PROCESSES ?= 3
+# Processes that run the tests, file by file.
+PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help install train test lint test-slow test-gpu chaos fuzz bench clean
