@@ -15,12 +15,11 @@ from typing import Any
 import torch
 
 from metadist.algorithms import Algorithm
-from metadist.config import Config
+from metadist.config import Config, in_words
 from metadist.errors import ConfigError, first_line
 from metadist.experiment import PRODUCTS, Experiment
 from metadist.inner import Tensors, compiler_missing
 from metadist.inner.memory import peak_bytes
-from metadist.resolve import in_words
 
 REFERENCE = {"strategy": "loop", "compile": False, "convolution": "direct", "fused_norm": False}
 """Plain automatic differentiation, task by task: what every other way must agree with."""

@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ByteSize
-
+from metadist.config import in_words
 from metadist.errors import ClusterError
 
 EXCLUDES = (
@@ -111,8 +110,3 @@ def _ignored(folder: Path, patterns: list[str]) -> Ignored:
 
     spec = PathSpec.from_lines("gitwildmatch", patterns)
     return lambda path: bool(spec.match_file(str(path.relative_to(folder))))
-
-
-def in_words(size: int) -> str:
-    """A number of bytes for people."""
-    return ByteSize(size).human_readable(decimal=True)

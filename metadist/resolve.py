@@ -13,9 +13,8 @@ from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import Any
 
-from pydantic import ByteSize
-
 from metadist.algorithms import Plan
+from metadist.config import in_words
 from metadist.episode import EpisodeBatch, Examples
 from metadist.errors import ConfigError, DataError
 from metadist.experiment import Experiment
@@ -162,8 +161,3 @@ def _frugal(experiment: Experiment) -> Iterator[Experiment]:
     while together > 1:
         together = -(-together // 2)
         yield experiment.with_engine(recompute=True, tasks_together=together)
-
-
-def in_words(size: int) -> str:
-    """A number of bytes for people."""
-    return ByteSize(size).human_readable(decimal=True)

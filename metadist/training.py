@@ -21,14 +21,14 @@ from metadist.checkpoint import (
     versions_of,
 )
 from metadist.checkpoint_writer import CheckpointWriter
-from metadist.config import Config
+from metadist.config import Config, in_words
 from metadist.errors import CheckpointError, ConfigError, NonFiniteError, RunDirError, ServerLostError, first_line
 from metadist.evaluation import evaluation_round, summarise, tasks_together
 from metadist.experiment import Experiment
 from metadist.history import UpdateLog
 from metadist.origin import code_version
 from metadist.outer.gradient import Layout, sha256_of
-from metadist.resolve import in_words, resolve
+from metadist.resolve import resolve
 from metadist.rounds import Round
 from metadist.rundir import RunDirectory
 from metadist.runtime.asynchronous import AsynchronousController

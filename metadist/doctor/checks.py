@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from metadist.config.schema import WorkersRange
+from metadist.config import in_words
+from metadist.config.schema import RuntimeConfig, WorkersRange
 from metadist.doctor import probes
 from metadist.doctor.findings import Finding
-from metadist.doctor.place import Subject
+from metadist.doctor.place import Place, Subject
 from metadist.errors import ClusterError
-from metadist.packing import in_words
 from metadist.runtime.cluster import plan_workers
 from metadist.runtime.ray_probe import NoAnswer, Node
 
@@ -91,9 +91,8 @@ def resources(subject: Subject) -> Iterator[Finding]:
         yield Finding("resources", "ok", seen)
         return
     runtime = subject.experiment.config.runtime
-    total = {"CPU": sum(n.cpus for n in there), "GPU": sum(n.gpus for n in there)}
     try:
-        workers, gpus = plan_workers(runtime, total)
+        workers, gpus = planned(subject.place, runtime)
     except ClusterError as e:
         yield Finding("resources", "wrong", e.problem, f"enough for {e.where}", e.mend)
         return
@@ -113,6 +112,12 @@ def resources(subject: Subject) -> Iterator[Finding]:
         )  # fmt: skip
     else:
         yield Finding("resources", "ok", f"room for {_count(least, 'worker')} of {each}: {seen}")
+
+
+def planned(place: Place, runtime: RuntimeConfig) -> tuple[int, float]:
+    """How many workers a run has there, and how many GPUs for each: see :func:`plan_workers`, also for its errors."""
+    there = place.nodes.values()
+    return plan_workers(runtime, {"CPU": sum(n.cpus for n in there), "GPU": sum(n.gpus for n in there)})
 
 
 def room(nodes: Any, cpus: float, gpus: float, free: bool = False) -> int:
@@ -253,7 +258,7 @@ def shards(subject: Subject) -> Iterator[Finding]:
     path, left_out = tasks.path, tuple(tasks.left_out or ())
     told, failed = subject.answers("shards", subject.place.ask(probes.shards, path, left_out))
     yield from failed
-    found = list(bad_shards({n: told[n] for n in told}, subject))
+    found = list(bad_shards(told, subject))
     yield from found
     if told and not found:
         first = next(iter(told.values()))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from metadist.config import in_words
 from metadist.doctor.findings import Finding
 from metadist.doctor.place import Subject
-from metadist.packing import in_words
 
 _MOST = 64 << 20
 _SLOW_STORE, _SLOW_NETWORK = 100e6, 12.5e6

@@ -57,20 +57,22 @@ class Screen:
             advice = Text(f.wanted if f.verdict != "ok" else "")
             if f.mend and f.verdict != "ok":
                 advice.append(f"\n→ {f.mend}", style="bold")
-            found = f"{f.node}: {f.found}" if f.node else f.found
-            table.add_row(Text(f.check), Text(f.verdict, style=_STYLE[f.verdict]), Text(found), advice)
+            table.add_row(Text(f.check), Text(f.verdict, style=_STYLE[f.verdict]), Text(_seen(f)), advice)
         Console(file=self._out).print(table)
 
 
 def lines(finding: Finding) -> list[str]:
     """A finding as plain lines."""
-    found = f"{finding.node}: {finding.found}" if finding.node else finding.found
-    shown = [f"{finding.verdict:<7}  {finding.check:<{_WIDTH}}  {found}"]
+    shown = [f"{finding.verdict:<7}  {finding.check:<{_WIDTH}}  {_seen(finding)}"]
     if finding.verdict != "ok":
         indent = " " * (7 + 2 + _WIDTH + 2)
         shown += [f"{indent}wanted: {finding.wanted}"] * bool(finding.wanted)
         shown += [f"{indent}mend: {finding.mend}"] * bool(finding.mend)
     return shown
+
+
+def _seen(finding: Finding) -> str:
+    return f"{finding.node}: {finding.found}" if finding.node else finding.found
 
 
 def summary(findings: Sequence[Finding]) -> str:

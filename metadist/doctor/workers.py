@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from metadist.doctor.checks import planned
 from metadist.doctor.findings import Finding
 from metadist.doctor.place import Subject
 from metadist.errors import ClusterError, MetadistError
@@ -14,7 +15,6 @@ from metadist.experiment import Experiment
 from metadist.outer.gradient import Layout
 from metadist.resolve import resolve
 from metadist.runtime.backend import Computed, Died
-from metadist.runtime.cluster import plan_workers
 from metadist.server import outer_options
 from metadist.training import open_backend
 from metadist.worker import Lease, training_round
@@ -45,11 +45,9 @@ def workers(subject: Subject) -> Iterator[Finding]:
 
 def _fit(subject: Subject) -> bool:
     """Whether the workers find what they need; if not, another check says so."""
-    there = subject.place.nodes.values()
     try:
         if subject.on_ray and subject.experiment is not None:
-            total = {"CPU": sum(n.cpus for n in there), "GPU": sum(n.gpus for n in there)}
-            plan_workers(subject.experiment.config.runtime, total)
+            planned(subject.place, subject.experiment.config.runtime)
     except ClusterError:
         return False
     return True

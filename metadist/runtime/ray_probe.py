@@ -162,7 +162,7 @@ def living_nodes() -> dict[str, Node]:
     free, hosts = available_resources_per_node(), [n["NodeManagerHostname"] for n in alive]
     found = {}
     for node in alive:
-        key, host, all_of, left = node["NodeID"], node["NodeManagerHostname"], node["Resources"], {}
+        key, host, all_of = node["NodeID"], node["NodeManagerHostname"], node["Resources"]
         left = free.get(key, {})
         found[key] = Node(
             host if hosts.count(host) == 1 else f"{host}/{key[:6]}",

@@ -76,7 +76,6 @@ class SimulatedBackend:
         self._answered: dict[int, Worker] = {}
         self._count = 0
         self._on_their_way = 0
-        self._unsettled = 0
         for i in range(work.workers):
             self._join(self.nodes[i // (cluster.workers_per_node or work.workers)])
 
@@ -127,7 +126,6 @@ class SimulatedBackend:
         node = self._answered.pop(lease.number).node
         numbers = range(lease.start, lease.stop) if slot is None else [slot]
         self._count = count
-        self._unsettled += 1
         if not self.arrangement.node_sums:
             self._send(node, sums_of(numbers, count))
             return
@@ -144,7 +142,6 @@ class SimulatedBackend:
         for node in self.nodes:
             self._pass_on(node)
         self.events.run(lambda: not self._on_their_way)
-        self._unsettled = 0
         return []
 
     def commit(self, version: int, tasks: float, slots: Sequence[int] | None = None) -> dict[str, float]:
