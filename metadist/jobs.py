@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from metadist.errors import ClusterError, ConfigError, first_line
-from metadist.runtime.cluster import token_refusal, use_token_given
+from metadist.runtime.tokens import token_refusal, use_token_given
 
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 """Ray's own, in the order in which it looks at them."""

@@ -280,8 +280,8 @@ class RuntimeConfig(Section):
     type: Literal["ray", "local"] = "ray"
     workers: Workers = Field(
         "auto",
-        description="worker processes; auto: one a GPU, else one a CPU; {min, max}: as many as there is room for, also "
-        "on nodes that join later",
+        description="worker processes; auto: one a GPU, else one a CPU, also of nodes that join later; {min, max}: "
+        "between these, and a cluster that grows is asked for the most",
     )
     gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
         "auto", description="GPUs of each worker, fractions allowed; auto: one where there are any"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -15,6 +13,7 @@ from ray.exceptions import RayError
 from metadist.config.schema import RuntimeConfig, WorkersRange
 from metadist.errors import ClusterError, first_line
 from metadist.runtime.backend import ALLOCATOR
+from metadist.runtime.tokens import forget_token, token_refusal, turned_on_by_ray, use_token_given
 
 _CONNECT_TIMEOUT_S = 20.0
 # What is smaller goes within the messages, a Conv4's gradient among it: through the object store it costs every process
@@ -38,16 +37,17 @@ def connect(runtime: RuntimeConfig) -> bool:
     }
     if runtime.address is None:
         workers = _local_workers(runtime)
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            num_cpus=max(workers * runtime.threads_per_worker, 1),
-            runtime_env={"env_vars": environment},
-            _system_config={"max_direct_call_object_size": _WITHIN_MESSAGES},
-            **common,
-        )
-        _protect_token()
+        with turned_on_by_ray():
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                num_cpus=max(workers * runtime.threads_per_worker, 1),
+                runtime_env={"env_vars": environment},
+                _system_config={"max_direct_call_object_size": _WITHIN_MESSAGES},
+                **common,
+            )
         return True
+    forget_token()
     _check_reachable(runtime.address)
     del environment["PYTHONPATH"]
     try:
@@ -109,6 +109,16 @@ def draining_nodes() -> set[str]:
     return set(state.get_draining_nodes())
 
 
+def room_for_workers(cpus: float, gpus: float, draining: set[str]) -> int:
+    """How many more workers with so many CPUs and GPUs each could begin now, on nodes that stay."""
+    # Ray's public figure is the sum over all nodes, in which the remains of two nodes look like room on one.
+    from ray._private.state import state
+
+    wanted = {name: amount for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount}
+    free = [left for node, left in state.available_resources_per_node().items() if node not in draining]
+    return sum(min(int(left.get(name, 0.0) / amount) for name, amount in wanted.items()) for left in free)
+
+
 def _check_reachable(address: str) -> None:
     """Fails within seconds where Ray's own client would retry for minutes."""
     if address == "auto" or "://" in address or ":" not in address:
@@ -120,41 +130,24 @@ def _check_reachable(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
     except (OSError, ValueError) as e:
         raise _unreachable(address, str(e)) from e
-    use_token_given()
-    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # what Ray does takes a minute to fail
+    refused = _refused(address)
+    if refused and use_token_given():
+        refused = _refused(address)
+        if refused:
+            forget_token()
+    if refused:
+        raise refused
+
+
+def _refused(address: str) -> ClusterError | None:
+    """Asks as Ray's own client does, which takes a minute to fail."""
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
     try:
         GcsClient(address=address)
     except Exception as e:
-        if refused := token_refusal(address, e):
-            raise refused from e
-
-
-def use_token_given() -> None:
-    """Sends a token that is at hand, also if RAY_AUTH_MODE does not say so: a cluster without tokens ignores it."""
-    if "RAY_AUTH_MODE" in os.environ:
-        return
-    with contextlib.suppress(ImportError):  # a Ray without tokens
-        from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
-
-        logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
-
-
-def token_refusal(address: str, error: Exception) -> ClusterError | None:
-    """What a cluster that wants a token says, as an error of ours; None of other errors."""
-    if type(error).__name__ != "AuthenticationError":  # a Ray without tokens has no such class
-        return None
-    if "missing or incorrect" in str(error):
-        problem = "asks for a token, and none was given or a wrong one"
-    else:
-        none = "issing" in str(error)
-        problem = "asks for a token, and none was given" if none else "does not take the token that was given"
-    return ClusterError(
-        address,
-        problem,
-        "set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file, to the token with which the cluster was started",
-    )
+        return token_refusal(address, e)
+    return None
 
 
 def _other_version(address: str, error: Exception) -> ClusterError | None:
@@ -172,11 +165,3 @@ def _unreachable(address: str, why: str) -> ClusterError:
         f"no Ray cluster answers at {address} ({why})",
         "check the address, start a head with `ray start --head`, or write address: null to start one here",
     )
-
-
-def _protect_token() -> None:
-    """Ray writes the cluster's access token readable by every user of the machine."""
-    with contextlib.suppress(OSError):
-        token = Path.home() / ".ray" / "auth_token"
-        if token.exists():
-            token.chmod(0o600)

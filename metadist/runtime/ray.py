@@ -24,7 +24,7 @@ from metadist.errors import ClusterError, MetadistError, ServerLostError, first_
 from metadist.experiment import Experiment
 from metadist.rounds import Lease
 from metadist.runtime.backend import Computed, Died, Event, Joined, Left, Moved
-from metadist.runtime.cluster import connect, draining_nodes, plan_workers
+from metadist.runtime.cluster import connect, draining_nodes, plan_workers, room_for_workers
 from metadist.runtime.ray_server import RayServer, cause_of, kill, server_is_gone
 from metadist.runtime.recovery import GiveUp, Kind, Limits, Loss, Losses
 from metadist.runtime.transport import Transport, transport_named
@@ -75,8 +75,9 @@ class RayBackend:
     The server is ``runtime.server_shards`` actors, each with a part of the flat vector; workers send each its part, or
     with ``runtime.node_sums`` one actor of each node sends what its workers computed. Of a range of workers the most
     are asked for at once: those that find no room wait as pending actors, which is also what an autoscaler looks at,
-    begin where a node joins, and are withdrawn at the end. Workers of a node that is being drained take no new lease
-    and leave after the one they hold.
+    begin where a node joins, and are withdrawn at the end. ``auto`` asks for what fits the cluster as it is, and for
+    more when there is room for more. Workers of a node that is being drained take no new lease and leave after the one
+    they hold.
 
     Args:
         experiment: what is run, with ``engine.strategy`` decided.
@@ -104,6 +105,7 @@ class RayBackend:
         self._draining: set[str] = set()
         self._moved: list[Event] = []
         self._server: RayServer | None = None
+        self._grows = self._runtime.workers == "auto" and self._runtime.address is not None
         self._started_here = connect(self._runtime)
         self._here = ray.get_runtime_context().get_node_id()
         self._ending = False
@@ -329,7 +331,17 @@ class RayBackend:
                 kill(self._handles.pop(number).actor)
                 self._hire()
                 events.append(Left(number, "its node is being drained"))
+        if self._grows:
+            self._grow()
         return events
+
+    def _grow(self) -> None:
+        """Hires for the room that there is, when all who were hired have begun: the room may be theirs."""
+        if any(handle.starting for handle in self._handles.values()):
+            return
+        for _ in range(room_for_workers(self._runtime.threads_per_worker, self._gpus, self._draining)):
+            self._hire()
+        self._workers = len(self._handles)
 
     def _replace(self, number: int, reason: str, expected: bool = False) -> Died:
         # The actor may still live if it was only out of reach, or hangs.

@@ -185,6 +185,34 @@ def come_and_go() -> dict[str, Any]:
     return result
 
 
+def grows() -> dict[str, Any]:
+    """``workers: auto`` on a cluster that grows by two nodes and loses one."""
+    with cluster() as nodes:
+        first = nodes.add_node(num_cpus=4)
+        updates = Updates(nodes.address, workers="auto", threads_per_worker=2)
+        workers = []
+
+        def see(number: int) -> None:
+            updates.until_workers(number)
+            updates.step(times=2)
+            workers.append(len(updates.backend.workers()))
+
+        see(2)
+        nodes.add_node(num_cpus=3)
+        see(3)
+        nodes.add_node(num_cpus=1)  # with what is left of the node before it would be room for one
+        drain(nodes, first.node_id)
+        see(1)
+        nodes.add_node(num_cpus=8)
+        see(5)
+        result = {
+            "told": updates.told, "undisturbed": undisturbed(updates.version), "workers": workers,
+            "asked_for": len(updates.backend._handles), "restarts": updates.backend.restarts()["worker"],
+        }  # fmt: skip
+        updates.backend.close()
+    return result
+
+
 def kill_worker(updates: Updates, worker: int) -> None:
     actor = updates.backend._handles[worker].actor
     # Whoever was killed a step ago may not have been missed yet.
@@ -327,7 +355,7 @@ def histories(seeds: Sequence[int]) -> dict[str, Any]:
 if __name__ == "__main__":
     known = {
         "come_and_go": come_and_go, "server_moves": server_moves, "lost_on_the_way": lost_on_the_way,
-        "histories": histories, "grid": grid,
+        "histories": histories, "grid": grid, "grows": grows,
     }  # fmt: skip
     name, *numbers = sys.argv[1:]
     print(json.dumps(known[name](*([list(map(int, numbers))] if numbers or name == "grid" else []))))

@@ -32,6 +32,14 @@ def test_nodes_that_join_are_drained_and_die_change_nothing() -> None:
 
 
 @pytest.mark.slow
+def test_auto_takes_the_room_there_is_as_the_cluster_grows() -> None:
+    told = happened("grows")
+    assert told["told"] == told["undisturbed"]
+    assert told["workers"] == [2, 3, 1, 5] and told["restarts"] == 0
+    assert told["asked_for"] == 5, "asks for no more than has room"
+
+
+@pytest.mark.slow
 def test_a_server_leaves_a_node_that_is_drained_and_nothing_is_made_again() -> None:
     told = happened("server_moves")
     assert told["was_there"] and not told["is_there"] and told["losses"] == 0

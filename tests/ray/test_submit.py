@@ -145,6 +145,44 @@ def test_a_head_of_another_version_is_refused_in_a_line(head: Head) -> None:
     assert "and here is Ray 2.1.0" in line and "pip install 'ray[default]==" in line
 
 
+JOINS = """
+import sys, ray
+from metadist.config.schema import RuntimeConfig
+from metadist.runtime.cluster import connect
+
+@ray.remote
+class Actor:
+    def answer(self):
+        return 42
+
+for address in sys.argv[1:]:
+    connect(RuntimeConfig(workers=1, address=None if address == "here" else address))
+    actor = Actor.remote()
+    print(ray.get(actor.answer.remote(), timeout=60))
+    ray.shutdown()
+"""
+
+
+def joined(*addresses: str) -> str:
+    """Joins cluster after cluster in one process that has a token at hand; what an actor on each said."""
+    ours = environment(RAY_AUTH_TOKEN="a" * 64)
+    ours.pop("RAY_AUTH_MODE", None)
+    done = subprocess.run(
+        [sys.executable, "-c", JOINS, *addresses], cwd=ROOT, env=ours, capture_output=True, text=True, timeout=200
+    )
+    return done.stdout if done.returncode == 0 else done.stdout + done.stderr
+
+
+def test_a_token_at_hand_is_not_used_on_a_cluster_that_has_none(head: Head) -> None:
+    assert joined("here", head.address) == "42\n42\n"
+
+
+@pytest.mark.slow
+def test_a_token_is_used_where_a_cluster_asks_for_it(head: Head) -> None:
+    with ray_head(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="a" * 64) as asks:
+        assert joined(asks.address, head.address, "here", asks.address) == "42\n" * 4
+
+
 @pytest.mark.slow
 def test_a_head_that_wants_a_token_says_so_in_a_line() -> None:
     with ray_head(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="a" * 64) as head:
