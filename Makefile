@@ -28,7 +28,7 @@ train: $(INSTALLED) ## meta-train on glyphs with two workers, a few minutes
 	$(BIN)/metadist train configs/glyphs_maml.yaml
 
 test: $(INSTALLED) ## the tests, then lint, types and the import contract
-	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $(PROCESSES) --no-loadscope-reorder
 	$(MAKE) --no-print-directory lint
 
 lint: $(INSTALLED) ## ruff, mypy and the import contract

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from metadist.algorithms.base import PRE, STEP
+from metadist.algorithms.base import OUTSIDERS, PRE, STEP
 from metadist.algorithms.sequence import INSTANCE
 from metadist.rounds import EpisodeSize, Round
 
@@ -43,7 +43,8 @@ def summarise(metrics: Mapping[str, np.ndarray], metric: str, split: str, batchn
         the normal 95 % interval of the mean, ``1.96 s / sqrt(n)`` with the sample deviation ``s``. Of learners
         that read sequences also ``by_instance``, ``mean`` and ``ci95`` of the accuracy when a class is shown for
         the first time, ``"1"``, the second, and so on. Of learners that adapt in steps also ``by_step``, the mean
-        metrics before the first one, ``"0"``, and after each.
+        metrics before the first one, ``"0"``, and after each. Where query sets hold outsiders also ``outsiders``,
+        ``mean`` and ``ci95`` of the AUROC with which confidence tells them from the others.
     """
     by_step = _by_step(metrics, metric)
     by_instance = {k.removeprefix(INSTANCE): _interval(v) for k, v in metrics.items() if k.startswith(INSTANCE)}
@@ -54,6 +55,7 @@ def summarise(metrics: Mapping[str, np.ndarray], metric: str, split: str, batchn
         "pre_adaptation": float(metrics[PRE + metric].mean()) if PRE + metric in metrics else None,
         **_interval(metrics[metric]),
         "batchnorm": batchnorm,
+        **({"outsiders": _interval(metrics[OUTSIDERS])} if OUTSIDERS in metrics else {}),
         **({"by_instance": by_instance} if by_instance else {}),
         **({"by_step": by_step} if by_step else {}),
     }

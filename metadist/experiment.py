@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 from metadist.algorithms import BUILT_IN, Algorithm, Plan, outputs_for, resolve_objective
-from metadist.config.schema import ClassTasks, Config
+from metadist.config.schema import ClassTasks, Config, TextConvConfig, TextTransformerConfig
 from metadist.config.section import CustomConfig
 from metadist.episode import Episode, EpisodeBatch
 from metadist.errors import ConfigError
 from metadist.inner import Convolution, Engine, FunctionalModel
 from metadist.inner.kernels import available as kernels_available
 from metadist.inner.optimizers import make_optimizer
-from metadist.models import MLP, Conv4, Flatten, ResNet12
+from metadist.models import MLP, Conv4, Flatten, ResNet12, TextConv, TextTransformer
 from metadist.rounds import EpisodeSize
 from metadist.seeding import Rng
 from metadist.tasks.base import TaskSource
@@ -72,7 +72,7 @@ class Experiment:
     def evaluation_size(self) -> EpisodeSize:
         """Size of the episodes of evaluations, where it differs from training's."""
         section = self.config.evaluation
-        return EpisodeSize(section.ways, section.shots, section.query_shots)
+        return EpisodeSize(section.ways, section.shots, section.query_shots, section.outsiders or None)
 
     def example(self) -> Episode:
         """One training episode, for the shapes of inputs and targets."""
@@ -120,6 +120,14 @@ class Experiment:
         engine = self.config.engine.model_copy(update=changes)
         return replace(self, config=self.config.model_copy(update={"engine": engine}), _sources=self._sources)
 
+    def with_few_steps(self, most: int) -> Experiment:
+        """The same with at most so many inner steps, where the config's learner makes them one after another."""
+        section = self.config.algorithm
+        if self.algorithm is not None or getattr(section, "inner_steps", 0) <= most or section.type in ("es", "pes"):
+            return self
+        section = section.model_copy(update={"inner_steps": most})
+        return replace(self, config=self.config.model_copy(update={"algorithm": section}), _sources=self._sources)
+
     def without_blocks(self, left_out: Sequence[str]) -> Experiment:
         """The same, with blocks of its shard set left out."""
         tasks = self.config.tasks.model_copy(update={"left_out": tuple(left_out)})
@@ -158,16 +166,18 @@ class Experiment:
         if section.type == "python":
             raise _python_only("tasks", section.name)
         options = section.model_dump(exclude={"type", "train_split", "on_bad", "most_bad"})
+        takes = {*options, "outsiders"} if section.type == "texts" else {*options}
         for name, value in size.given().items():
-            if name not in options:
-                known = ", ".join(n for n in EpisodeSize.__dataclass_fields__ if n in options)
-                mend = f"leave it null; these tasks have {known}"
+            if name not in takes:
+                known = ", ".join(n for n in EpisodeSize.__dataclass_fields__ if n in takes)
+                mend = f"leave it out; these tasks have {known}"
                 raise ConfigError(f"evaluation.{name}", f"tasks of type {section.type} have no {name}", mend)
             options[name] = value
         if isinstance(section, ClassTasks):
             options["split"] = split
         if split != self.train_split:
-            options.pop("augmentation", None)
+            for augments in ("augmentation", "renamed"):
+                options.pop(augments, None)
         return _task_source(section.type)(**options)
 
     def _construct(self, name: str, section: CustomConfig, wanted: type) -> Any:
@@ -208,6 +218,11 @@ class Experiment:
                     "use mlp or conv4",
                 )
             return Flatten(section.size)
+        if isinstance(section, (TextConvConfig, TextTransformerConfig)):
+            return self._text_encoder(section, x, outputs)
+        if not x.is_floating_point():
+            mend = "use text_conv or text_transformer"
+            raise ConfigError("model.type", f"{section.type} takes numbers, and the inputs are tokens", mend)
         if section.type == "mlp":
             return MLP(x[0].numel(), outputs, section.hidden)
         if x.dim() != 4:
@@ -228,8 +243,26 @@ class Experiment:
             return ResNet12(x.shape[1], outputs, section.widths)
         return Conv4(x.shape[1], outputs, section.filters, section.downsample, tuple(x.shape[-2:]))  # type: ignore[arg-type]
 
+    def _text_encoder(
+        self, section: TextConvConfig | TextTransformerConfig, x: torch.Tensor, outputs: int | None
+    ) -> nn.Module:
+        vocabulary = getattr(self.source(self.train_split), "vocabulary", None)
+        if vocabulary is None or x.is_floating_point() or x.dim() != 2:
+            raise ConfigError(
+                "model.type",
+                f"{section.type} takes tokens, and the inputs of tasks.type {self.config.tasks.type} are none",
+                "use tasks of texts; a source of your own gives whole numbers [N, length] and has a `vocabulary`",
+            )
+        options = section.model_dump(exclude={"type", "batchnorm"})
+        if isinstance(section, TextConvConfig):
+            return TextConv(vocabulary, outputs, **options)
+        return TextTransformer(vocabulary, x.shape[1], outputs, **options)
+
     def _check_order(self, algorithm: Algorithm) -> None:
         """Refuses an order of examples in which the learner would learn something else than the task."""
+        if self.config.evaluation.outsiders and not algorithm.takes_outsiders:
+            kind = self.config.algorithm.type
+            raise ConfigError("evaluation.outsiders", f"{kind} reads each class after its example", "write 0")
         section = self.config.tasks
         order = getattr(section, "order", None)  # tasks of one's own have the order they have
         if algorithm.wants_order and order is not None and order not in algorithm.wants_order:
@@ -274,6 +307,10 @@ def _task_source(kind: str) -> Callable[..., TaskSource]:
         from metadist.tasks.sinusoid import SinusoidTasks
 
         return SinusoidTasks
+    if kind == "texts":
+        from metadist.tasks.texts import TextTasks
+
+        return TextTasks
     from metadist.tasks.shards import ShardTasks
 
     return ShardTasks

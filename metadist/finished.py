@@ -46,7 +46,8 @@ def evaluate(
     for m in tracked(range(round.microbatches), "evaluating", round.microbatches):
         batch = source.episodes(experiment.config.seed, round.stream, round.episodes(m))
         with torch.no_grad():
-            for name, values in learner.evaluate(checkpoint.meta_params, batch.to("cpu", dtype)).items():
+            judged = learner.evaluate_with_outsiders(checkpoint.meta_params, batch.to("cpu", dtype))
+            for name, values in judged.items():
                 pieces.setdefault(name, []).append(values.double().numpy().reshape(-1))
     metrics = {k: np.concatenate(v) for k, v in pieces.items()}
     result = summarise(metrics, learner.objective.metric, config.split, learner.model.batchnorm)

@@ -94,6 +94,7 @@ def _without_bad_blocks(experiment: Experiment) -> tuple[Experiment, dict[str, i
 
 
 def _strategy(experiment: Experiment, traced: bool) -> tuple[Strategy, bool, str]:
+    experiment = experiment.with_few_steps(2)  # further ones are as the second, and each takes its time to trace
     learner, batch = experiment.learner(), experiment.first_tasks(2)
     learner.plan = Plan(2, 2)
     params = learner.initial_meta_params()

@@ -46,6 +46,7 @@ class EpisodeSize:
     ways: int | None = None
     shots: int | None = None
     query_shots: int | None = None
+    outsiders: int | None = None
 
     def given(self) -> dict[str, int]:
         """The numbers that differ."""

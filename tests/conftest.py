@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,15 +22,32 @@ FIRST = ("ray", "test_examples.py", "test_readme.py", "test_shipped_configs.py",
 """What takes longest: begun last, it would keep one process busy while the others have nothing left to do."""
 
 
+def group_of(nodeid: str) -> str:
+    """What one process runs, one test after the other: a file, and all of ``tests/ray``."""
+    file = nodeid.partition("::")[0]
+    return "ray" if file.startswith("tests/ray/") else file.removeprefix("tests/")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For ``pytest -n``: a file is run by one process, and so is all of ``tests/ray``, one test after the other."""
-    groups = {}
-    for item in items:
-        inner = item.path.relative_to(ROOT / "tests")
-        groups[item] = "ray" if inner.parts[0] == "ray" else str(inner)
-        item.add_marker(pytest.mark.xdist_group(groups[item]))
     if "PYTEST_XDIST_WORKER" in os.environ:
+        groups = {item: group_of(item.nodeid) for item in items}
         items.sort(key=lambda item: FIRST.index(groups[item]) if groups[item] in FIRST else len(FIRST))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """For ``pytest -n``: tests are shared out by :func:`group_of`.
+
+    Not by the mark ``xdist_group``: xdist 3.8 writes it where pytest 9.2 no longer looks, and the tests of a file, with
+    what its fixtures make, were in every process.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return ByGroup(config, log)
 
 
 @pytest.fixture(scope="session")

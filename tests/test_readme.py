@@ -34,6 +34,10 @@ class Block:
         return "test: skip" in self.before
 
     @property
+    def slow(self) -> bool:
+        return "test: slow" in self.before
+
+    @property
     def lines(self) -> list[str]:
         """Its commands; a backslash continues a line."""
         joined = self.text.replace("\\\n", " ").splitlines()
@@ -45,6 +49,7 @@ BLOCKS = [
 ]
 RUNNABLE = [b for b in BLOCKS if b.language == "bash" and not b.skipped]
 COMMANDS = [(line, "METADIST_DATA" in b.text) for b in RUNNABLE for line in b.lines]
+SLOW = [b.slow for b in RUNNABLE for _ in b.lines]
 PROGRAMS = [b.text for b in BLOCKS if b.language == "python"]
 
 
@@ -57,10 +62,12 @@ class Workspace:
     done: int = 0
 
     def run_through(self, number: int) -> None:
-        """Runs what has not been run up to ``number``, so that a single test can be chosen."""
+        """Runs what has not been run up to ``number``, so that one test can be chosen; slow ones for slow ones."""
         for i in range(self.done, number + 1):
             line, needs_data = COMMANDS[i]
             self.done = i + 1
+            if SLOW[i] and not SLOW[number]:
+                continue
             if not needs_data or "METADIST_DATA" in os.environ:
                 self._run(i, line)
 
@@ -88,7 +95,10 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     return Workspace(path)
 
 
-@pytest.mark.parametrize("number", range(len(COMMANDS)), ids=[line for line, _ in COMMANDS])
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(i, id=line, marks=[pytest.mark.slow] * SLOW[i]) for i, (line, _) in enumerate(COMMANDS)],
+)
 def test_command_succeeds(workspace: Workspace, number: int) -> None:
     if COMMANDS[number][1] and "METADIST_DATA" not in os.environ:
         pytest.skip("METADIST_DATA does not name a folder of data sets")

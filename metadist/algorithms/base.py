@@ -8,12 +8,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from metadist.algorithms.losses import LossFunction, Objective
+from metadist.algorithms.losses import LossFunction, Objective, outsiders_auroc
 from metadist.episode import Episode, EpisodeBatch, Examples
 from metadist.inner import Engine, FunctionalModel, InnerProblem, Tensors
 from metadist.rounds import Moment
+from metadist.tasks.outsiders import OUTSIDE
 
 PRE = "pre_adaptation_"
+OUTSIDERS = "outsiders_auroc"
 STEP = "after_step_"
 """What the metrics of evaluations after single inner steps begin with: ``after_step_1/loss``."""
 
@@ -84,6 +86,9 @@ class Algorithm:
 
     loss: str | LossFunction = "auto"
     metric: str = "auto"
+    takes_outsiders: ClassVar[bool] = True
+    """Whether query sets may hold examples of no class."""
+
     moment: Moment = Moment()
     """What is being computed; set by the worker before each call."""
     plan: Plan = Plan()
@@ -157,6 +162,15 @@ class Algorithm:
             return self.query_objective(adapted, support, query, evaluation=True)[1]
 
         return {**self.engine.map_tasks(one, batch), **self.before_adaptation(meta_params, batch, evaluation=True)}
+
+    def evaluate_with_outsiders(self, meta_params: Tensors, batch: EpisodeBatch) -> Tensors:
+        """As :meth:`evaluate`; where query sets hold outsiders, with ``outsiders_auroc`` as well."""
+        metrics = self.evaluate(meta_params, batch)
+        y = batch.query.y
+        if y.is_floating_point() or not bool((y == OUTSIDE).any()):
+            return metrics
+        _, after = self.outputs(meta_params, batch)
+        return {**metrics, OUTSIDERS: self.engine.map(outsiders_auroc, after, y)}
 
     def outputs(self, meta_params: Tensors, batch: EpisodeBatch) -> tuple[Tensor, Tensor]:
         """Outputs on each task's query set before and after adaptation, ``[T, Q, ...]`` both."""

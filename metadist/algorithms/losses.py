@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metadist.tasks.outsiders import OUTSIDE
 from metadist.tasks.sequences import LETTERS
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -57,8 +58,24 @@ def right(output: Tensor, target: Tensor) -> Tensor:
 
 
 def accuracy(output: Tensor, target: Tensor) -> Tensor:
-    """The share of examples classified :func:`right`."""
-    return right(output, target).mean()
+    """The share of examples classified :func:`right`; those of no class are left out."""
+    if target.is_floating_point() or target.dim() > 1:
+        return right(output, target).mean()
+    inside = (target != OUTSIDE).to(output.dtype)
+    return (right(output, target) * inside).sum() / inside.sum()
+
+
+def outsiders_auroc(output: Tensor, target: Tensor) -> Tensor:
+    """The chance that an example of a task's classes is answered with more confidence than an outsider.
+
+    Confidence is the largest probability of a class (Hendrycks and Gimpel 2017).
+
+    Args:
+        output: ``[N, classes]``, logits.
+        target: int64 ``[N]``, :data:`~metadist.tasks.outsiders.OUTSIDE` for outsiders.
+    """
+    confidence = F.log_softmax(output, -1).amax(-1)
+    return auc(confidence, (target != OUTSIDE).to(output.dtype))
 
 
 def auc(output: Tensor, target: Tensor) -> Tensor:

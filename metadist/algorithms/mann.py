@@ -39,6 +39,7 @@ class MANN(SequenceLearner):
 
     exact = False
     wants_order = ("shuffled",)
+    takes_outsiders = False
 
     def __init__(
         self,

@@ -94,12 +94,35 @@ class ShardTasksConfig(ClassTasks):
     )
 
 
+class TextTasksConfig(ClassTasks):
+    """Episodes of sentences from a shard set of texts, written by `metadist data pack csv`."""
+
+    type: Literal["texts"] = "texts"
+    path: str = Field(description="the shard set's directory")
+    tokens: Literal["words", "subwords", "bytes"] = Field(
+        "words",
+        description="words, numbered by a hash: no vocabulary is kept; words and their parts of three characters, for "
+        "words that training never met; or the bytes of the text",
+    )
+    length: Positive = Field(32, description="tokens of a text; a longer one is cut")
+    vocabulary: Annotated[int, Field(ge=2)] = Field(8192, description="numbers of words; two share one by chance")
+    renamed: Fraction = Field(
+        0.0,
+        description="chance that a word is another one throughout an episode of training: for classes to come, whose "
+        "words training has not met, a learner must not rely on those of the training classes",
+    )
+    train_split: str = Field("train", description="the split to meta-train on")
+    outsiders_from: str | None = Field(
+        None, description="the split of evaluation.outsiders; null: other classes of the split that is evaluated"
+    )
+
+
 class CustomTasksConfig(CustomConfig):
     """A TaskSource of your own, named by import_path."""
 
 
 TasksConfig = Annotated[
-    GlyphTasksConfig | SinusoidTasksConfig | ShardTasksConfig | CustomTasksConfig | PythonConfig,
+    GlyphTasksConfig | SinusoidTasksConfig | ShardTasksConfig | TextTasksConfig | CustomTasksConfig | PythonConfig,
     Field(discriminator="type"),
 ]
 
@@ -146,6 +169,32 @@ class MLPConfig(ModelSection):
     hidden: tuple[Positive, ...] = Field((40, 40), description="sizes of the hidden layers")
 
 
+class TextConvConfig(ModelSection):
+    """Convolutions over embedded tokens, the largest answer of each over the sentence (Kim 2014)."""
+
+    type: Literal["text_conv"] = "text_conv"
+    embedding: Positive = Field(64, description="numbers of a token's vector")
+    filters: Positive = Field(64, description="of each width")
+    widths: Annotated[tuple[Positive, ...], Field(min_length=1)] = Field(
+        (1, 2, 3), description="tokens that a filter sees"
+    )
+
+
+class TextTransformerConfig(ModelSection):
+    """A small transformer over embedded tokens, the mean of its answers."""
+
+    type: Literal["text_transformer"] = "text_transformer"
+    embedding: Positive = Field(64, description="numbers of a token's vector, a multiple of heads")
+    layers: Positive = 2
+    heads: Positive = 4
+
+    @model_validator(mode="after")
+    def _whole_heads(self) -> TextTransformerConfig:
+        if self.embedding % self.heads:
+            raise ValueError(f"embedding is {self.embedding}, which {self.heads} heads cannot share")
+        return self
+
+
 class FlattenConfig(ModelSection):
     """No network: the inputs themselves as features, for learners with a memory of their own."""
 
@@ -162,7 +211,8 @@ class PythonModelConfig(PythonConfig, ModelSection):
 
 
 ModelConfig = Annotated[
-    Conv4Config | ResNet12Config | MLPConfig | FlattenConfig | CustomModelConfig | PythonModelConfig,
+    Conv4Config | ResNet12Config | MLPConfig | TextConvConfig | TextTransformerConfig | FlattenConfig
+    | CustomModelConfig | PythonModelConfig,
     Field(discriminator="type"),
 ]
 
@@ -383,6 +433,11 @@ class EvaluationConfig(Section):
     ways: Annotated[int, Field(ge=2)] | None = Field(None, description="classes of an episode; null: as in training")
     shots: Positive | None = Field(None, description="support examples a class; null: as in training")
     query_shots: Positive | None = Field(None, description="query examples a class; null: as in training")
+    outsiders: Natural = Field(
+        0,
+        description="query examples that belong to no class of an episode, to be answered with none of these: reported "
+        "is how well confidence tells them from the others (AUROC)",
+    )
     every: Natural = Field(0, description="steps between evaluations during training; 0: none")
     validation_split: str = Field("validation", description="the split of the evaluations during training")
     validation_episodes: Positive = 200

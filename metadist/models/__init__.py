@@ -6,5 +6,6 @@ from metadist.models.mann import MANN
 from metadist.models.mlp import MLP
 from metadist.models.resnet12 import ResNet12
 from metadist.models.snail import SNAIL
+from metadist.models.text import TextConv, TextTransformer
 
-__all__ = ["MANN", "MLP", "SNAIL", "Conv4", "Flatten", "ResNet12"]
+__all__ = ["MANN", "MLP", "SNAIL", "Conv4", "Flatten", "ResNet12", "TextConv", "TextTransformer"]

@@ -186,6 +186,8 @@ def judged(result: Mapping[str, Any]) -> str:
     metric, before = str(result.get("metric", "accuracy")), result.get("pre_adaptation")
     start = "" if before is None else f"{number(before, metric)} → "
     line = f"{metric.replace('_', ' ')} {start}{interval(result)} over {result.get('episodes', '?')} episodes"
+    if isinstance(told := result.get("outsiders"), Mapping):
+        line += f"; outsiders told apart with AUROC {interval({**told, 'metric': 'auroc'})}"
     shown = instances(result)
     return f"{line}; by instance {shown}" if shown else line
 

@@ -21,9 +21,19 @@ def batch(tasks: int) -> EpisodeBatch:
 
 
 @pytest.mark.skipif(bool(compiler_missing()), reason=f"cannot compile: {compiler_missing()}")
-@pytest.mark.parametrize("compile", ["trace", True])
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize(
+    ("compile", "recompute", "first_order"),
+    [
+        ("trace", False, False),
+        ("trace", True, False),
+        ("trace", False, True),
+        ("trace", True, True),
+        (True, False, False),
+        pytest.param(True, True, False, marks=pytest.mark.slow),
+        pytest.param(True, False, True, marks=pytest.mark.slow),
+        pytest.param(True, True, True, marks=pytest.mark.slow),
+    ],
+)
 def test_a_program_equals_eager(compile, recompute, first_order):
     torch.manual_seed(0)
     model = FunctionalModel(MLP(3, 2, hidden=(4,)), dtype=torch.float64)

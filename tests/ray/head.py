@@ -97,7 +97,7 @@ def ray_head(*flags: str, cpus: int = 3, **variables: str) -> Iterator[Head]:
         [f"{BINARIES}/ray", "start", "--head", "--block", "--disable-usage-stats", *given, *flags], {}
     )
     try:
-        for _ in range(240):
+        for _ in range(480):
             assert process.poll() is None, "the head did not start"
             if _answers(head.url):
                 break

@@ -41,6 +41,7 @@ def replay(run_dir: Path, *more: str) -> dict:
 
 
 @pytest.mark.usefixtures("cluster")
+@pytest.mark.slow
 def test_a_disturbed_asynchronous_run_keeps_its_bound_and_is_replayed_to_the_bit(omniglot_shards, tmp_path):
     run_dir = tmp_path / "run"
     with struck(run_dir, 3) as killed:

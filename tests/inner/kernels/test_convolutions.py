@@ -57,7 +57,7 @@ def network(downsample: str) -> nn.Module:
     ("how", "downsample", "fused", "compile", "batchnorm"),
     [
         ("columns", "stride", False, False, "transductive"),
-        ("columns", "stride", False, True, "transductive"),
+        pytest.param("columns", "stride", False, True, "transductive", marks=pytest.mark.slow),
         ("columns", "stride", True, "trace", "running"),
         ("winograd", "max_pool", False, "trace", "transductive"),
         ("winograd", "max_pool", True, False, "running"),
