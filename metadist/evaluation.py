@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from metadist.algorithms.base import OUTSIDERS, PRE, STEP
+from metadist.algorithms.base import ALSO, OUTSIDERS, PRE, STEP
 from metadist.algorithms.sequence import INSTANCE
 from metadist.rounds import EpisodeSize, Round
 
@@ -43,10 +43,12 @@ def summarise(metrics: Mapping[str, np.ndarray], metric: str, split: str, batchn
         the normal 95 % interval of the mean, ``1.96 s / sqrt(n)`` with the sample deviation ``s``. Of learners
         that read sequences also ``by_instance``, ``mean`` and ``ci95`` of the accuracy when a class is shown for
         the first time, ``"1"``, the second, and so on. Of learners that adapt in steps also ``by_step``, the mean
-        metrics before the first one, ``"0"``, and after each. Where query sets hold outsiders also ``outsiders``,
-        ``mean`` and ``ci95`` of the AUROC with which confidence tells them from the others.
+        metrics before the first one, ``"0"``, and after each. Of the metrics that are reported beside it ``also``,
+        ``mean`` and ``ci95`` of each. Where query sets hold outsiders ``outsiders``, ``mean`` and ``ci95`` of the AUROC
+        with which confidence tells them from the others.
     """
     by_step = _by_step(metrics, metric)
+    also = {k.removeprefix(ALSO): _interval(v) for k, v in metrics.items() if k.startswith(ALSO)}
     by_instance = {k.removeprefix(INSTANCE): _interval(v) for k, v in metrics.items() if k.startswith(INSTANCE)}
     return {
         "split": split,
@@ -55,6 +57,7 @@ def summarise(metrics: Mapping[str, np.ndarray], metric: str, split: str, batchn
         "pre_adaptation": float(metrics[PRE + metric].mean()) if PRE + metric in metrics else None,
         **_interval(metrics[metric]),
         "batchnorm": batchnorm,
+        **({"also": also} if also else {}),
         **({"outsiders": _interval(metrics[OUTSIDERS])} if OUTSIDERS in metrics else {}),
         **({"by_instance": by_instance} if by_instance else {}),
         **({"by_step": by_step} if by_step else {}),

@@ -12,14 +12,23 @@ import torch
 from torch import nn
 
 from metadist.algorithms import BUILT_IN, Algorithm, Plan, outputs_for, resolve_objective
-from metadist.config.schema import ClassTasks, Config, TextConvConfig, TextTransformerConfig
+from metadist.config.schema import (
+    ClassTasks,
+    Config,
+    ModelSection,
+    RatingModelConfig,
+    RatingTasksConfig,
+    TextBagConfig,
+    TextConvConfig,
+    TextTransformerConfig,
+)
 from metadist.config.section import CustomConfig
 from metadist.episode import Episode, EpisodeBatch
 from metadist.errors import ConfigError
 from metadist.inner import Convolution, Engine, FunctionalModel
 from metadist.inner.kernels import available as kernels_available
 from metadist.inner.optimizers import make_optimizer
-from metadist.models import MLP, Conv4, Flatten, ResNet12, TextConv, TextTransformer
+from metadist.models import MLP, Conv4, Flatten, RatingModel, ResNet12, TextBag, TextConv, TextTransformer
 from metadist.rounds import EpisodeSize
 from metadist.seeding import Rng
 from metadist.tasks.base import TaskSource
@@ -95,7 +104,7 @@ class Experiment:
         example = self.example()
         dtype = DTYPES[self.config.engine.precision]
         algorithm = self._make_algorithm()
-        algorithm.plan = self.plan
+        algorithm.plan, algorithm.also = self.plan, self.config.evaluation.also
         self._check_order(algorithm)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(Rng(self.config.seed, "initialisation").torch_seed())
@@ -165,7 +174,8 @@ class Experiment:
             return self._construct("tasks", section, TaskSource).split(split)
         if section.type == "python":
             raise _python_only("tasks", section.name)
-        options = section.model_dump(exclude={"type", "train_split", "on_bad", "most_bad"})
+        ours = {"type", "on_bad", "most_bad"} | (set() if section.type == "ratings" else {"train_split"})
+        options = section.model_dump(exclude=ours)
         takes = {*options, "outsiders"} if section.type == "texts" else {*options}
         for name, value in size.given().items():
             if name not in takes:
@@ -173,7 +183,7 @@ class Experiment:
                 mend = f"leave it out; these tasks have {known}"
                 raise ConfigError(f"evaluation.{name}", f"tasks of type {section.type} have no {name}", mend)
             options[name] = value
-        if isinstance(section, ClassTasks):
+        if isinstance(section, ClassTasks | RatingTasksConfig):
             options["split"] = split
         if split != self.train_split:
             for augments in ("augmentation", "renamed"):
@@ -218,10 +228,12 @@ class Experiment:
                     "use mlp or conv4",
                 )
             return Flatten(section.size)
-        if isinstance(section, (TextConvConfig, TextTransformerConfig)):
+        if isinstance(section, TextBagConfig | TextConvConfig | TextTransformerConfig):
             return self._text_encoder(section, x, outputs)
+        if section.type == "rating":
+            return self._rating_model(section, example)
         if not x.is_floating_point():
-            mend = "use text_conv or text_transformer"
+            mend = "use text_bag, text_conv or text_transformer"
             raise ConfigError("model.type", f"{section.type} takes numbers, and the inputs are tokens", mend)
         if section.type == "mlp":
             return MLP(x[0].numel(), outputs, section.hidden)
@@ -243,20 +255,35 @@ class Experiment:
             return ResNet12(x.shape[1], outputs, section.widths)
         return Conv4(x.shape[1], outputs, section.filters, section.downsample, tuple(x.shape[-2:]))  # type: ignore[arg-type]
 
+    def _rating_model(self, section: RatingModelConfig, example: Episode) -> nn.Module:
+        x, y = example.support
+        if y.dim() != 2 or y.shape[1] != 1 or not y.is_floating_point():
+            raise ConfigError("model.type", "rating says a number, but targets are none", "use tasks of ratings")
+        mean = float(y.mean()) if section.mean is None else section.mean
+        return RatingModel(self._vocabulary(section, x), section.embedding, section.hidden, mean)
+
     def _text_encoder(
-        self, section: TextConvConfig | TextTransformerConfig, x: torch.Tensor, outputs: int | None
+        self, section: TextBagConfig | TextConvConfig | TextTransformerConfig, x: torch.Tensor, outputs: int | None
     ) -> nn.Module:
+        vocabulary = self._vocabulary(section, x)
+        options = section.model_dump(exclude={"type", "batchnorm"})
+        if isinstance(section, TextBagConfig):
+            return TextBag(vocabulary, outputs, **options)
+        if isinstance(section, TextConvConfig):
+            return TextConv(vocabulary, outputs, **options)
+        return TextTransformer(vocabulary, x.shape[1], outputs, **options)
+
+    def _vocabulary(self, section: ModelSection, x: torch.Tensor) -> int:
+        """How many numbers the tasks' inputs are made of, for models that have a vector for each."""
         vocabulary = getattr(self.source(self.train_split), "vocabulary", None)
         if vocabulary is None or x.is_floating_point() or x.dim() != 2:
             raise ConfigError(
                 "model.type",
-                f"{section.type} takes tokens, and the inputs of tasks.type {self.config.tasks.type} are none",
-                "use tasks of texts; a source of your own gives whole numbers [N, length] and has a `vocabulary`",
+                f"{section.type} takes tokens, and the inputs of tasks.type {self.config.tasks.type} are none",  # type: ignore[attr-defined]
+                "use tasks of texts or ratings; a source of your own gives whole numbers [N, length] and has a "
+                "`vocabulary`",
             )
-        options = section.model_dump(exclude={"type", "batchnorm"})
-        if isinstance(section, TextConvConfig):
-            return TextConv(vocabulary, outputs, **options)
-        return TextTransformer(vocabulary, x.shape[1], outputs, **options)
+        return int(vocabulary)
 
     def _check_order(self, algorithm: Algorithm) -> None:
         """Refuses an order of examples in which the learner would learn something else than the task."""
@@ -307,6 +334,10 @@ def _task_source(kind: str) -> Callable[..., TaskSource]:
         from metadist.tasks.sinusoid import SinusoidTasks
 
         return SinusoidTasks
+    if kind == "ratings":
+        from metadist.tasks.ratings import RatingTasks
+
+        return RatingTasks
     if kind == "texts":
         from metadist.tasks.texts import TextTasks
 

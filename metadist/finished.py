@@ -46,7 +46,7 @@ def evaluate(
     for m in tracked(range(round.microbatches), "evaluating", round.microbatches):
         batch = source.episodes(experiment.config.seed, round.stream, round.episodes(m))
         with torch.no_grad():
-            judged = learner.evaluate_with_outsiders(checkpoint.meta_params, batch.to("cpu", dtype))
+            judged = learner.evaluate_in_full(checkpoint.meta_params, batch.to("cpu", dtype))
             for name, values in judged.items():
                 pieces.setdefault(name, []).append(values.double().numpy().reshape(-1))
     metrics = {k: np.concatenate(v) for k, v in pieces.items()}

@@ -133,7 +133,7 @@ class MetaWorker:
         if round.kind == "train":
             return self.learner.meta_gradient(params, batch)
         with torch.no_grad():
-            return TaskResults({}, self.learner.evaluate_with_outsiders(params, batch))
+            return TaskResults({}, self.learner.evaluate_in_full(params, batch))
 
     def _not_finite(
         self, round: Round, m: int, params: dict[str, torch.Tensor], batch: EpisodeBatch, result: TaskResults

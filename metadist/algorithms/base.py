@@ -8,14 +8,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from metadist.algorithms.losses import LossFunction, Objective, outsiders_auroc
+from metadist.algorithms.losses import METRICS, LossFunction, Objective, outsiders_auroc
 from metadist.episode import Episode, EpisodeBatch, Examples
 from metadist.inner import Engine, FunctionalModel, InnerProblem, Tensors
 from metadist.rounds import Moment
 from metadist.tasks.outsiders import OUTSIDE
 
 PRE = "pre_adaptation_"
-OUTSIDERS = "outsiders_auroc"
+OUTSIDERS, ALSO = "outsiders_auroc", "also/"
 STEP = "after_step_"
 """What the metrics of evaluations after single inner steps begin with: ``after_step_1/loss``."""
 
@@ -89,6 +89,8 @@ class Algorithm:
     takes_outsiders: ClassVar[bool] = True
     """Whether query sets may hold examples of no class."""
 
+    also: tuple[str, ...] = ()
+    """Metrics that evaluations report beside the task's own, by their names; set with the model."""
     moment: Moment = Moment()
     """What is being computed; set by the worker before each call."""
     plan: Plan = Plan()
@@ -163,14 +165,17 @@ class Algorithm:
 
         return {**self.engine.map_tasks(one, batch), **self.before_adaptation(meta_params, batch, evaluation=True)}
 
-    def evaluate_with_outsiders(self, meta_params: Tensors, batch: EpisodeBatch) -> Tensors:
-        """As :meth:`evaluate`; where query sets hold outsiders, with ``outsiders_auroc`` as well."""
-        metrics = self.evaluate(meta_params, batch)
+    def evaluate_in_full(self, meta_params: Tensors, batch: EpisodeBatch) -> Tensors:
+        """As :meth:`evaluate`, with the metrics of :attr:`also` and, of query sets with outsiders, their AUROC."""
+        measures = {ALSO + name: METRICS[name][0] for name in self.also}
         y = batch.query.y
-        if y.is_floating_point() or not bool((y == OUTSIDE).any()):
-            return metrics
-        _, after = self.outputs(meta_params, batch)
-        return {**metrics, OUTSIDERS: self.engine.map(outsiders_auroc, after, y)}
+        if not y.is_floating_point() and bool((y == OUTSIDE).any()):
+            measures[OUTSIDERS] = outsiders_auroc
+        metrics = self.evaluate(meta_params, batch)
+        if measures:
+            _, after = self.outputs(meta_params, batch)
+            metrics |= {name: self.engine.map(measure, after, y) for name, measure in measures.items()}
+        return metrics
 
     def outputs(self, meta_params: Tensors, batch: EpisodeBatch) -> tuple[Tensor, Tensor]:
         """Outputs on each task's query set before and after adaptation, ``[T, Q, ...]`` both."""

@@ -97,6 +97,23 @@ def auc(output: Tensor, target: Tensor) -> Tensor:
     return torch.where(count > 0, (pairs * wins).sum() / count.clamp(min=1), torch.full_like(count, 0.5))
 
 
+def ndcg(output: Tensor, target: Tensor) -> Tensor:
+    """Normalised discounted cumulative gain of the order in which the outputs put the examples.
+
+    A target ``r`` in place ``p`` gains ``(2 ** r - 1) / log2(1 + p)``; divided by the most that any order gains
+    (Järvelin and Kekäläinen 2002; the exponential gain is that of Burges et al. 2005). Equal outputs are taken in turn.
+
+    Args:
+        output: ``[N]`` or ``[N, 1]``.
+        target: ``[N]`` or ``[N, 1]``, at least zero.
+    """
+    score, gain = output.reshape(-1), torch.exp2(target.reshape(-1)) - 1
+    discount = torch.log2(torch.arange(len(score), device=score.device, dtype=gain.dtype) + 2)
+    found = (gain.gather(0, score.argsort(descending=True, stable=True)) / discount).sum()
+    best = (gain.sort(descending=True).values / discount).sum()
+    return torch.where(best > 0, found / best, torch.ones_like(best))
+
+
 CROSS_ENTROPY = Objective(F.cross_entropy, "accuracy", accuracy, True)
 STRING_CROSS_ENTROPY = Objective(string_cross_entropy, "accuracy", accuracy, True)
 BINARY_CROSS_ENTROPY = Objective(F.binary_cross_entropy_with_logits, "accuracy", accuracy, True)
@@ -113,6 +130,8 @@ METRICS: dict[str, tuple[LossFunction, bool]] = {
     "accuracy": (accuracy, True),
     "auc": (auc, True),
     "mean_squared_error": (F.mse_loss, False),
+    "mean_absolute_error": (F.l1_loss, False),
+    "ndcg": (ndcg, True),
 }
 
 
@@ -124,7 +143,7 @@ def resolve_objective(loss: str | LossFunction, target: Tensor, metric: str = "a
             (output, target). ``auto`` takes squared error for targets of floats and cross entropy for whole
             numbers: of classes for ``[N]``, of strings of letters for ``[N, places]``.
         target: the targets of any episode, for ``auto`` and for the metric of a function of your own.
-        metric: ``accuracy``, ``auc``, ``mean_squared_error``, or ``auto`` for the one that goes with the loss; that of
+        metric: one of :data:`METRICS`, or ``auto`` for the one that goes with the loss; that of
             a function of your own is the accuracy for whole-number targets, else its own value, ``task_loss``.
     """
     integers = not target.is_floating_point()

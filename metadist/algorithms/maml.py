@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -38,7 +40,9 @@ class MAML(Algorithm):
             adds its hyper-parameters to the meta-parameters as ``inner_optimizer/NAME``, among them the step size
             as ``log_lr``.
         loss: ``auto``, ``cross_entropy``, ``binary_cross_entropy``, ``mse`` or a function of (output, target).
-        metric: ``auto``, ``accuracy``, ``auc`` or ``mean_squared_error``.
+        metric: ``auto``, ``accuracy``, ``auc``, ``mean_squared_error``, ``mean_absolute_error`` or ``ndcg``.
+        adapted: patterns of the names of the model's parameters that the inner loop changes, e.g. ``head.*``; the
+            others are learned and the same for every task. None: it changes all.
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class MAML(Algorithm):
         loss: str | LossFunction = "auto",
         metric: str = "auto",
         inner_optimizer: InnerOptimizer | None = None,
+        adapted: Sequence[str] | None = None,
     ) -> None:
         if not inner_lr > 0:
             raise ValueError(f"inner_lr must be positive, not {inner_lr}")
@@ -60,6 +65,7 @@ class MAML(Algorithm):
         self.loss, self.metric = loss, metric
         self.inner_optimizer = SGD() if inner_optimizer is None else inner_optimizer
         self.evaluation_inner_steps = inner_steps if evaluation_inner_steps is None else evaluation_inner_steps
+        self.adapted = None if adapted is None else tuple(adapted)
         self.exact = not first_order  # type: ignore[misc]
 
     # ----------------------------------------------------------------- what relatives change
@@ -78,7 +84,7 @@ class MAML(Algorithm):
 
     def adapts(self, name: str) -> bool:
         """Whether the inner loop changes a parameter of the model."""
-        return True
+        return self.adapted is None or any(fnmatchcase(name, pattern) for pattern in self.adapted)
 
     def slope(self, shared: Any, fast: Tensors, gradient: Tensors) -> Tensors:
         """What the optimizer is given: the gradient of the support loss, and what a relative adds to it."""
@@ -117,6 +123,10 @@ class MAML(Algorithm):
 
     def bind(self, model: FunctionalModel, objective: Objective, engine: Engine) -> Algorithm:
         self.parameter_names = tuple(model.initial_params())
+        for pattern in self.adapted or ():
+            if not any(fnmatchcase(name, pattern) for name in self.parameter_names):
+                known = ", ".join(self.parameter_names)
+                raise ValueError(f"adapted: {pattern!r} is the name of no parameter of the model; it has {known}")
         self._problems: dict[Any, InnerProblem] = {}
         return super().bind(model, objective, engine)
 

@@ -22,7 +22,7 @@ class Judged(Section):
     """Fields of every learner."""
 
     loss: Loss = "auto"
-    metric: Literal["auto", "accuracy", "auc", "mean_squared_error"] = Field(
+    metric: Literal["auto", "accuracy", "auc", "mean_squared_error", "mean_absolute_error", "ndcg"] = Field(
         "auto", description="what tasks are judged by; auto: what goes with the loss"
     )
 
@@ -86,6 +86,9 @@ class MAMLConfig(SecondOrder):
     """Model-agnostic meta-learning, exact second order; `first_order: true` for its approximation."""
 
     type: Literal["maml"] = "maml"
+    adapted: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
+        None, description="patterns of the parameters that the inner loop changes, such as head.*; null: all"
+    )
 
 
 class ANILConfig(WithHead):

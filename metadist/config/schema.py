@@ -117,12 +117,25 @@ class TextTasksConfig(ClassTasks):
     )
 
 
+class RatingTasksConfig(Section):
+    """A user's ratings to come, from the first ones; written by `metadist data pack ratings`."""
+
+    type: Literal["ratings"] = "ratings"
+    path: str = Field(description="the shard set's directory")
+    shots: Positive = Field(10, description="ratings of a user that are known")
+    query_shots: Positive = Field(10, description="ratings that come next")
+    items: bool = Field(True, description="whether an item has a vector itself, beside its features")
+    least: Positive | None = Field(None, description="ratings of a user at the least; null: shots + query_shots")
+    train_split: str = Field("train", description="the split to meta-train on")
+
+
 class CustomTasksConfig(CustomConfig):
     """A TaskSource of your own, named by import_path."""
 
 
 TasksConfig = Annotated[
-    GlyphTasksConfig | SinusoidTasksConfig | ShardTasksConfig | TextTasksConfig | CustomTasksConfig | PythonConfig,
+    GlyphTasksConfig | SinusoidTasksConfig | ShardTasksConfig | TextTasksConfig | RatingTasksConfig
+    | CustomTasksConfig | PythonConfig,
     Field(discriminator="type"),
 ]
 
@@ -169,6 +182,13 @@ class MLPConfig(ModelSection):
     hidden: tuple[Positive, ...] = Field((40, 40), description="sizes of the hidden layers")
 
 
+class TextBagConfig(ModelSection):
+    """Embedded tokens, weighted by what is learned of each and summed: for classes whose words are new."""
+
+    type: Literal["text_bag"] = "text_bag"
+    embedding: Positive = Field(512, description="numbers of a token's vector")
+
+
 class TextConvConfig(ModelSection):
     """Convolutions over embedded tokens, the largest answer of each over the sentence (Kim 2014)."""
 
@@ -195,6 +215,15 @@ class TextTransformerConfig(ModelSection):
         return self
 
 
+class RatingModelConfig(ModelSection):
+    """Vectors of items and features, summed, and a perceptron that decides (Lee et al. 2019)."""
+
+    type: Literal["rating"] = "rating"
+    embedding: Positive = Field(32, description="numbers of a vector")
+    hidden: tuple[Positive, ...] = Field((64, 64), description="sizes of the perceptron's layers")
+    mean: float | None = Field(None, description="what is said of an unknown item; null: the mean of some ratings")
+
+
 class FlattenConfig(ModelSection):
     """No network: the inputs themselves as features, for learners with a memory of their own."""
 
@@ -211,7 +240,8 @@ class PythonModelConfig(PythonConfig, ModelSection):
 
 
 ModelConfig = Annotated[
-    Conv4Config | ResNet12Config | MLPConfig | TextConvConfig | TextTransformerConfig | FlattenConfig
+    Conv4Config | ResNet12Config | MLPConfig | TextBagConfig | TextConvConfig | TextTransformerConfig
+    | RatingModelConfig | FlattenConfig
     | CustomModelConfig | PythonModelConfig,
     Field(discriminator="type"),
 ]
@@ -433,6 +463,9 @@ class EvaluationConfig(Section):
     ways: Annotated[int, Field(ge=2)] | None = Field(None, description="classes of an episode; null: as in training")
     shots: Positive | None = Field(None, description="support examples a class; null: as in training")
     query_shots: Positive | None = Field(None, description="query examples a class; null: as in training")
+    also: tuple[Literal["accuracy", "auc", "mean_squared_error", "mean_absolute_error", "ndcg"], ...] = Field(
+        (), description="metrics that are reported beside the task's own"
+    )
     outsiders: Natural = Field(
         0,
         description="query examples that belong to no class of an episode, to be answered with none of these: reported "

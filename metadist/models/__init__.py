@@ -4,8 +4,11 @@ from metadist.models.conv4 import Conv4
 from metadist.models.flatten import Flatten
 from metadist.models.mann import MANN
 from metadist.models.mlp import MLP
+from metadist.models.rating import RatingModel
 from metadist.models.resnet12 import ResNet12
 from metadist.models.snail import SNAIL
-from metadist.models.text import TextConv, TextTransformer
+from metadist.models.text import TextBag, TextConv, TextTransformer
 
-__all__ = ["MANN", "MLP", "SNAIL", "Conv4", "Flatten", "ResNet12", "TextConv", "TextTransformer"]
+__all__ = [
+    "MANN", "MLP", "SNAIL", "Conv4", "Flatten", "RatingModel", "ResNet12", "TextBag", "TextConv", "TextTransformer",
+]  # fmt: skip

@@ -127,7 +127,7 @@ class ShardTasks(TaskSource):
     def _check_images(self) -> None:
         kept = self._shards.manifest.field
         if kept.encoding == "utf-8":
-            raise DataError(self.path, "holds text, not images", "choose a set of images")
+            raise DataError(self.path, "holds text, not images", "use tasks.type: texts, or choose a set of images")
         if self.rotations != "none" and kept.shape[0] != kept.shape[1]:
             found = f"{self.rotations!r} needs square images, but these are {list(kept.shape)}"
             raise DataError("tasks.rotations", found, "use 'none', or pack the images square")

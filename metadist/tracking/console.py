@@ -186,6 +186,9 @@ def judged(result: Mapping[str, Any]) -> str:
     metric, before = str(result.get("metric", "accuracy")), result.get("pre_adaptation")
     start = "" if before is None else f"{number(before, metric)} → "
     line = f"{metric.replace('_', ' ')} {start}{interval(result)} over {result.get('episodes', '?')} episodes"
+    also = result.get("also")
+    for name, told in also.items() if isinstance(also, Mapping) else ():
+        line += f"; {name.replace('_', ' ')} {interval({**told, 'metric': name})}"
     if isinstance(told := result.get("outsiders"), Mapping):
         line += f"; outsiders told apart with AUROC {interval({**told, 'metric': 'auroc'})}"
     shown = instances(result)
