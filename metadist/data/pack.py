@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,11 @@ from numpy.typing import NDArray
 from metadist.data import decode
 from metadist.data.manifest import Field, Manifest
 from metadist.data.sources import IMAGE_SUFFIXES, Progress, SourceFile, folder_files
+from metadist.data.splits import FRACTIONS, SPLIT_NAMES, StrPath, deal
 from metadist.data.writer import SHARD_BYTES, ShardWriter, new_directory, seal
 from metadist.errors import DataError
-from metadist.seeding import Rng
 
-SPLIT_FOLDERS = {"train": "train", "test": "test"} | dict.fromkeys(("val", "valid", "validation"), "validation")
-FRACTIONS = {"train": 0.64, "validation": 0.16, "test": 0.20}
 BLOCK_EXAMPLES = 50
-StrPath = str | os.PathLike[str]
 
 
 def pack_classes(
@@ -210,37 +206,19 @@ def pack_folder(
 def _group(files: Sequence[SourceFile], root: Path) -> tuple[dict[str, list[SourceFile]], dict[str, list[Any]] | None]:
     """Files by class, and class names by split where the top folders are splits."""
     tops = {f.path.parts[0] for f in files}
-    by_split = tops <= set(SPLIT_FOLDERS) and all(len(f.path.parts) > 2 for f in files)
+    by_split = tops <= set(SPLIT_NAMES) and all(len(f.path.parts) > 2 for f in files)
     groups: dict[str, list[SourceFile]] = {}
     owner: dict[str, str] = {}
     for f in files:
         folders = f.path.parts[:-1]
         klass = "/".join(folders[1:] if by_split else folders)
-        split = SPLIT_FOLDERS[folders[0]] if by_split else ""
+        split = SPLIT_NAMES[folders[0]] if by_split else ""
         if owner.setdefault(klass, split) != split:
             raise DataError(root, f"class {klass!r} is in splits {owner[klass]!r} and {split!r}", "keep it in one")
         groups.setdefault(klass, []).append(f)
     if not by_split:
         return groups, None
     return groups, {s: [c for c, o in owner.items() if o == s] for s in sorted(set(owner.values()))}
-
-
-def deal(classes: int, fractions: Mapping[str, float], seed: int) -> dict[str, list[int]]:
-    """Deals classes to splits at random; the first split takes what rounding leaves.
-
-    Raises:
-        DataError: if the fractions are negative or do not sum to 1.
-    """
-    if min(fractions.values(), default=-1.0) < 0 or abs(sum(fractions.values()) - 1) > 1e-6:
-        mend = "give shares of the classes, e.g. 0.64 0.16 0.20"
-        raise DataError("fractions", f"{dict(fractions)} do not sum to 1", mend)
-    order = Rng(seed, "data/split").permutation(classes).tolist()
-    splits: dict[str, list[int]] = {}
-    first, *others = fractions
-    for split in others:
-        count = round(fractions[split] * classes)
-        splits[split], order = sorted(order[:count]), order[count:]
-    return {first: sorted(order), **splits}
 
 
 def _fitted(file: SourceFile, size: int, mode: str) -> Any:

@@ -1,0 +1,217 @@
+"""``metadist data pack``: shard sets from what people have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from metadist.errors import DataError
+from metadist.progress import Progress
+
+_PATH = click.Path(path_type=Path)
+_OUT = click.option("--out", required=True, type=_PATH, help="Directory to make; must not exist.")
+_SEED = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of a random split.")
+_SPLITS = click.option(
+    "--splits", type=_PATH, help='JSON file of the classes of each split, {"train": [...], "validation": ...}.'
+)
+_ENCODING = click.option("--encoding", default="utf-8", show_default=True, help="Of the text, e.g. latin-1, utf-16.")
+_LEAST = click.option(
+    "--least", type=click.IntRange(min=1), default=2, show_default=True, help="Examples that a class must have."
+)
+_ON_BAD = click.option(
+    "--on-bad", type=click.Choice(["error", "skip"]), default="error", show_default=True,
+    help="What one that cannot be read, or a class too small, means; skip leaves it out.",
+)  # fmt: skip
+_MOST_BAD = click.option(
+    "--most-bad", type=click.FloatRange(0, 1), default=0.01, show_default=True, help="With skip, the share that may be."
+)
+
+
+@click.group()
+def pack() -> None:
+    """Write a shard set.
+
+    \b
+    Example:
+      metadist data pack omniglot --source downloads --out data/omniglot
+    """
+
+
+@pack.command()
+@click.option(
+    "--source",
+    type=click.Path(path_type=Path),
+    help="Folder with the two upstream zips, or unpacked; else they are downloaded.",
+)
+@_OUT
+@click.option("--split", type=click.Choice(["vinyals", "random"]), default="vinyals", show_default=True)
+@click.option(
+    "--splits-dir",
+    type=click.Path(path_type=Path),
+    help="Folder with vinyals_{train,val,test}.txt; else beside the source, or downloaded.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the random split.")
+@click.option(
+    "--size", type=click.IntRange(1, 1024), default=28, show_default=True, help="Side of the pictures in pixels."
+)
+def omniglot(source: Path | None, out: Path, split: str, splits_dir: Path | None, seed: int, size: int) -> None:
+    """Handwritten characters of 50 alphabets (Lake et al. 2015).
+
+    \b
+    Example:
+      metadist data pack omniglot --source downloads --out data/omniglot --split vinyals --splits-dir splits
+    """
+    from metadist.data import pack_omniglot
+
+    with Progress("packing") as progress:
+        manifest = pack_omniglot(
+            source, out, split=split, splits_dir=splits_dir, seed=seed, size=size, progress=progress
+        )
+    _done(out, manifest)
+
+
+@pack.command()
+@click.option(
+    "--source", required=True, type=click.Path(path_type=Path), help="One folder of pictures a class, or split/class/."
+)
+@_OUT
+@click.option(
+    "--size", type=click.IntRange(1, 4096), default=84, show_default=True, help="Side of the pictures in pixels."
+)
+@click.option("--gray", is_flag=True, help="One channel instead of three.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the random split of the classes."
+)
+@click.option(
+    "--on-bad", type=click.Choice(["error", "skip"]), default="error", show_default=True,
+    help="What a picture that cannot be read means; skip leaves it out.",
+)  # fmt: skip
+@click.option(
+    "--most-bad", type=click.FloatRange(0, 1), default=0.01, show_default=True, help="With skip, the share that may be."
+)
+def folder(source: Path, out: Path, size: int, gray: bool, seed: int, on_bad: str, most_bad: float) -> None:
+    """Pictures of your own, one folder a class.
+
+    \b
+    Example:
+      metadist data pack folder --source pictures --out data/mine --size 84
+    """
+    from metadist.data import pack_folder
+
+    with Progress("packing") as progress:
+        manifest = pack_folder(
+            source, out, size=size, grayscale=gray, seed=seed, on_bad=on_bad, most_bad=most_bad, progress=progress
+        )
+    _done(out, manifest)
+
+
+@pack.command()
+@_OUT
+def glyphs(out: Path) -> None:
+    """Letters of many scripts from the fonts that matplotlib carries; no download.
+
+    \b
+    Example:
+      metadist data pack glyphs --out data/glyphs
+    """
+    from metadist.data import pack_arrays
+    from metadist.tasks.glyphs import glyph_images
+
+    images, names, splits = glyph_images()
+    with Progress("packing") as progress:
+        manifest = pack_arrays(
+            images, names, splits, out, name="glyphs", licence="Bitstream Vera / DejaVu and STIX font licences",
+            source="letters drawn from the fonts that matplotlib carries", progress=progress,
+        )  # fmt: skip
+    _done(out, manifest)
+
+
+@pack.command()
+@click.option(
+    "--source", "sources", required=True, multiple=True, type=_PATH,
+    help="CSV, TSV or JSON lines (.jsonl) with a row for each text; may be given several times.",
+)  # fmt: skip
+@_OUT
+@click.option("--text-column", required=True, help="Name of the column of the texts.")
+@click.option("--label-column", required=True, help="Name of the column of the labels: the classes.")
+@click.option("--group-column", help="Of each class's group, which is in one split as a whole, e.g. a domain.")
+@click.option("--split-column", help="Of each class's split; else classes are dealt at random.")
+@_SPLITS
+@_SEED
+@click.option("--delimiter", help="What cuts the values of a row.  [default: a comma, or a tab for .tsv]")
+@_ENCODING
+@_LEAST
+@_ON_BAD
+@_MOST_BAD
+def csv(sources: tuple[Path, ...], out: Path, delimiter: str | None, **options: Any) -> None:
+    """A table of sentences and their labels.
+
+    \b
+    Example:
+      metadist data pack csv --source tickets.csv --text-column message --label-column topic --out data/tickets
+    """
+    from metadist.data import pack_csv
+
+    delimiter = "\t" if delimiter in ("tab", "\\t") else delimiter
+    _packed(out, lambda progress: pack_csv(sources, out, delimiter=delimiter, progress=progress, **options))
+
+
+@pack.command()
+@click.option("--source", type=_PATH, help="Folder with data_full.json and domains.json; else they are downloaded.")
+@_OUT
+@click.option("--splits", type=_PATH, help="JSON file of the domains of each split.  [default: 6, 2 and 2 of them]")
+def clinc150(source: Path | None, out: Path, splits: Path | None) -> None:
+    """What people ask an assistant: 150 intents of 10 domains (Larson et al. 2019).
+
+    Whole domains are held out. What belongs to no intent is a class and a split of its own, oos.
+
+    \b
+    Example:
+      metadist data pack clinc150 --out data/clinc150
+    """
+    from metadist.data import pack_clinc150
+
+    _packed(out, lambda progress: pack_clinc150(source, out, splits=splits, progress=progress))
+
+
+def _packed(out: Path, work: Callable[[Progress], Any]) -> None:
+    with Progress("packing") as progress:
+        manifest = work(progress)
+    _done(out, manifest)
+
+
+def _done(out: Path, manifest: Any) -> None:
+    if manifest is None:
+        raise DataError(out, "nothing was packed")
+    for line in _left_out(manifest.notes):
+        click.echo(line, err=True)
+    parts = ", ".join(f"{_classes(len(members))} {split}" for split, members in manifest.splits.items())
+    click.echo(
+        f"{out}: {parts}; {manifest.examples:,} examples in {len(manifest.shards)} shards, "
+        f"content_id {manifest.content_id.removeprefix('sha256:')[:12]}"
+    )
+
+
+def _classes(count: int) -> str:
+    return f"{count:,} class" + "es" * (count != 1)
+
+
+def _left_out(notes: Mapping[str, Any]) -> list[str]:
+    """What the user may want to know of a set that was packed, a line each."""
+    from metadist.data.tolerance import named
+
+    lines = [
+        f"left out {count} of class {klass}, which cannot be read" for klass, count in notes.get("left_out", {}).items()
+    ]
+    for file, count in notes.get("left_out_rows", {}).items():
+        lines.append(f"left out {count} rows of {file}, which cannot be read")
+    if small := notes.get("too_small"):
+        lines.append(f"left out {_classes(len(small))} with too few examples: {named(small)}")
+    if count := notes.get("in_no_split"):
+        lines.append(f"left out {_classes(count)} that no split names")
+    if count := notes.get("repeated"):
+        lines.append(f"{count} texts are there more than once in their class: support and query may share them")
+    return lines
