@@ -155,8 +155,8 @@ def csv(sources: tuple[Path, ...], out: Path, delimiter: str | None, **options: 
     """
     from metadist.data import pack_csv
 
-    delimiter = "\t" if delimiter in ("tab", "\\t") else delimiter
-    _packed(out, lambda progress: pack_csv(sources, out, delimiter=delimiter, progress=progress, **options))
+    cut_at = _character(delimiter)
+    _packed(out, lambda progress: pack_csv(sources, out, delimiter=cut_at, progress=progress, **options))
 
 
 @pack.command()
@@ -177,6 +177,84 @@ def clinc150(source: Path | None, out: Path, splits: Path | None) -> None:
     _packed(out, lambda progress: pack_clinc150(source, out, splits=splits, progress=progress))
 
 
+@pack.command()
+@click.option(
+    "--source", required=True, type=_PATH,
+    help="CSV, TSV or JSON lines with a row for each rating, or MovieLens' folder.",
+)  # fmt: skip
+@_OUT
+@click.option("--user-column", default="userId", show_default=True)
+@click.option("--item-column", default="movieId", show_default=True)
+@click.option("--rating-column", default="rating", show_default=True)
+@click.option("--time-column", default="timestamp", show_default=True, help='Seconds or dates; "": order of the rows.')
+@click.option("--items", type=_PATH, help="Table of the items' features.  [default: MovieLens' movies.csv]")
+@click.option("--item-id-column", help="In --items.  [default: as --item-column]")
+@click.option("--item-name-column", help="In --items: what an item is called.  [default: its id]")
+@click.option("--features-column", "features_columns", multiple=True, help="In --items; may be given several times.")
+@click.option("--features-separator", default="|", show_default=True, help="What parts features within a column.")
+@click.option("--year-column", help="In --items: has a year in brackets, whose decade is a feature.")
+@click.option("--users", type=_PATH, help="Table of the users' features.")
+@click.option("--user-id-column", help="In --users.  [default: as --user-column]")
+@click.option("--user-features-column", "user_columns", multiple=True, help="In --users; may be given several times.")
+@click.option("--scale", type=float, nargs=2, help="Least and most rating there can be.  [default: those there are]")
+@click.option(
+    "--least", type=click.IntRange(min=2), default=20, show_default=True,
+    help="Ratings that a user must have; others are left out.",
+)  # fmt: skip
+@_SEED
+@click.option("--delimiter", help="What cuts the values of a row.  [default: a comma, or a tab for .tsv]")
+@_ENCODING
+@_ON_BAD
+@_MOST_BAD
+def ratings(source: Path, out: Path, **given: Any) -> None:
+    """A log of ratings: a class is a user, and a user's ratings are in the order of time.
+
+    \b
+    Example:
+      metadist data pack ratings --source ml-latest-small --out data/movielens
+      metadist data pack ratings --source stars.csv --user-column who --item-column book --rating-column stars \\
+        --time-column day --items books.csv --features-column genre --out data/books
+    """
+    from metadist.data import Columns, FeatureTable, pack_ratings
+
+    take, separator = given.pop, given.pop("features_separator")
+    user, item, rating = (take(f"{part}_column") for part in ("user", "item", "rating"))
+    columns = Columns(user, item, rating, take("time_column") or None)
+    item_id, item_name, year = take("item_id_column") or item, take("item_name_column"), take("year_column")
+    features, path = take("features_columns"), take("items")
+    items = FeatureTable(path, item_id, features, separator, item_name, year) if path else None
+    user_id, features, path = take("user_id_column") or user, take("user_columns"), take("users")
+    users = FeatureTable(path, user_id, features, separator) if path else None
+    given |= {"columns": columns, "items": items, "users": users, "delimiter": _character(given["delimiter"])}
+    _packed(out, lambda progress: pack_ratings(source, out, progress=progress, **given))
+
+
+@pack.command()
+@click.option(
+    "--source", required=True, type=_PATH, help="An .npz file with x and y; also split and names, if you like."
+)
+@_OUT
+@_SPLITS
+@_SEED
+@_LEAST
+@_ON_BAD
+def arrays(source: Path, out: Path, **options: Any) -> None:
+    """Pictures in one .npz file: x [N, H, W] or [N, H, W, C] of bytes, or floats of 0 to 1, and labels y [N].
+
+    \b
+    Example:
+      python -c "import numpy as np; np.savez('mine.npz', x=pictures, y=labels)"
+      metadist data pack arrays --source mine.npz --out data/mine
+    """
+    from metadist.data import pack_npz
+
+    _packed(out, lambda progress: pack_npz(source, out, progress=progress, **options))
+
+
+def _character(delimiter: str | None) -> str | None:
+    return "\t" if delimiter in ("tab", "\\t") else delimiter
+
+
 def _packed(out: Path, work: Callable[[Progress], Any]) -> None:
     with Progress("packing") as progress:
         manifest = work(progress)
@@ -195,8 +273,12 @@ def _done(out: Path, manifest: Any) -> None:
     )
 
 
+def _many(count: int, one: str, more: str) -> str:
+    return f"{count:,} {one if count == 1 else more}"
+
+
 def _classes(count: int) -> str:
-    return f"{count:,} class" + "es" * (count != 1)
+    return _many(count, "class", "classes")
 
 
 def _left_out(notes: Mapping[str, Any]) -> list[str]:
@@ -206,8 +288,12 @@ def _left_out(notes: Mapping[str, Any]) -> list[str]:
     lines = [
         f"left out {count} of class {klass}, which cannot be read" for klass, count in notes.get("left_out", {}).items()
     ]
+    if was := notes.get("converted"):
+        lines.append(f"converted {was}")
     for file, count in notes.get("left_out_rows", {}).items():
-        lines.append(f"left out {count} rows of {file}, which cannot be read")
+        lines.append(f"left out {_many(count, 'row', 'rows')} of {file}, which cannot be read")
+    if count := notes.get("few_ratings"):
+        lines.append(f"left out {_many(count, 'user', 'users')} with too few ratings")
     if small := notes.get("too_small"):
         lines.append(f"left out {_classes(len(small))} with too few examples: {named(small)}")
     if count := notes.get("in_no_split"):

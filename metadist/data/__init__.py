@@ -4,10 +4,13 @@
 """
 
 from metadist.data.clinc150 import pack_clinc150
+from metadist.data.features import FeatureTable
 from metadist.data.manifest import Field, Manifest, load_manifest
+from metadist.data.npz import pack_npz
 from metadist.data.omniglot import pack_omniglot
 from metadist.data.pack import pack_arrays, pack_classes, pack_folder
 from metadist.data.prefetch import Prefetch
+from metadist.data.ratings import Columns, pack_ratings
 from metadist.data.samplers import ClassPool, Draws, UniformSampler, WindowSampler
 from metadist.data.shards import ShardSet
 from metadist.data.texts import pack_csv
@@ -16,7 +19,9 @@ from metadist.data.writer import ShardWriter, seal
 
 __all__ = [
     "ClassPool",
+    "Columns",
     "Draws",
+    "FeatureTable",
     "Field",
     "Manifest",
     "Prefetch",
@@ -31,7 +36,9 @@ __all__ = [
     "pack_clinc150",
     "pack_csv",
     "pack_folder",
+    "pack_npz",
     "pack_omniglot",
+    "pack_ratings",
     "seal",
     "verify",
     "bad_blocks",
