@@ -75,25 +75,19 @@ def omniglot(source: Path | None, out: Path, split: str, splits_dir: Path | None
 
 @pack.command()
 @click.option(
-    "--source", required=True, type=click.Path(path_type=Path), help="One folder of pictures a class, or split/class/."
+    "--source", required=True, type=_PATH, help="One folder of pictures a class, or split/class/; or a zip of that."
 )
 @_OUT
-@click.option(
-    "--size", type=click.IntRange(1, 4096), default=84, show_default=True, help="Side of the pictures in pixels."
-)
-@click.option("--gray", is_flag=True, help="One channel instead of three.")
-@click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the random split of the classes."
-)
-@click.option(
-    "--on-bad", type=click.Choice(["error", "skip"]), default="error", show_default=True,
-    help="What a picture that cannot be read means; skip leaves it out.",
-)  # fmt: skip
-@click.option(
-    "--most-bad", type=click.FloatRange(0, 1), default=0.01, show_default=True, help="With skip, the share that may be."
-)
-def folder(source: Path, out: Path, size: int, gray: bool, seed: int, on_bad: str, most_bad: float) -> None:
-    """Pictures of your own, one folder a class.
+@click.option("--size", type=click.IntRange(1, 4096), help="Side of the pictures in pixels.  [default: 84]")
+@click.option("--as-is", is_flag=True, help="No scaling: all pictures are of one size.")
+@click.option("--gray", "grayscale", is_flag=True, help="One channel instead of three.")
+@_SPLITS
+@_SEED
+@_LEAST
+@_ON_BAD
+@_MOST_BAD
+def folder(source: Path, out: Path, size: int | None, as_is: bool, **options: Any) -> None:
+    """Pictures of your own, one folder a class: PNG, JPEG, WebP, BMP, GIF or TIFF.
 
     \b
     Example:
@@ -101,11 +95,10 @@ def folder(source: Path, out: Path, size: int, gray: bool, seed: int, on_bad: st
     """
     from metadist.data import pack_folder
 
-    with Progress("packing") as progress:
-        manifest = pack_folder(
-            source, out, size=size, grayscale=gray, seed=seed, on_bad=on_bad, most_bad=most_bad, progress=progress
-        )
-    _done(out, manifest)
+    if as_is and size is not None:
+        raise click.UsageError("--as-is and --size contradict each other; give one of them")
+    side = None if as_is else size or 84
+    _packed(out, lambda progress: pack_folder(source, out, size=side, progress=progress, **options))
 
 
 @pack.command()

@@ -5,10 +5,11 @@
 
 from metadist.data.clinc150 import pack_clinc150
 from metadist.data.features import FeatureTable
+from metadist.data.folders import pack_folder
 from metadist.data.manifest import Field, Manifest, load_manifest
 from metadist.data.npz import pack_npz
 from metadist.data.omniglot import pack_omniglot
-from metadist.data.pack import pack_arrays, pack_classes, pack_folder
+from metadist.data.pack import pack_arrays, pack_classes
 from metadist.data.prefetch import Prefetch
 from metadist.data.ratings import Columns, pack_ratings
 from metadist.data.samplers import ClassPool, Draws, UniformSampler, WindowSampler
