@@ -55,15 +55,21 @@ def verify(directory: Path, as_json: bool) -> None:
 @data.command()
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def info(directory: Path, as_json: bool) -> None:
+@click.option("--html", type=click.Path(path_type=Path), help="Write a page: counts, classes, episodes as drawn.")
+def info(directory: Path, as_json: bool, html: Path | None) -> None:
     """Say what a shard set holds.
 
     \b
     Example:
       metadist data info data/omniglot
+      metadist data info data/omniglot --html omniglot.html
     """
     from metadist.data import info as describe
 
+    if html is not None:
+        from metadist.data_page import write_data_page
+
+        write_data_page(directory, html)
     held = describe(directory)
     if as_json:
         click.echo(json.dumps(held))
@@ -71,6 +77,8 @@ def info(directory: Path, as_json: bool) -> None:
     for name, value in held.items():
         shown = ", ".join(f"{k}: {_in_short(v)}" for k, v in value.items()) if isinstance(value, dict) else value
         click.echo(f"{name:<12} {shown}")
+    if html is not None:
+        click.echo(f"{'page':<12} {html}")
 
 
 def _in_short(value: Any) -> Any:

@@ -292,5 +292,7 @@ def _left_out(notes: Mapping[str, Any]) -> list[str]:
     if count := notes.get("in_no_split"):
         lines.append(f"left out {_classes(count)} that no split names")
     if count := notes.get("repeated"):
-        lines.append(f"{count} texts are there more than once in their class: support and query may share them")
+        lines.append(
+            f"{_many(count, 'text repeats', 'texts repeat')} another of its class: support and query may share it"
+        )
     return lines
