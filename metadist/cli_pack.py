@@ -29,6 +29,8 @@ _MOST_BAD = click.option(
     "--most-bad", type=click.FloatRange(0, 1), default=0.01, show_default=True, help="With skip, the share that may be."
 )
 
+_NAMES = {False: ("class", "classes"), True: ("user", "users")}
+
 
 @click.group()
 def pack() -> None:
@@ -257,7 +259,7 @@ def _packed(out: Path, work: Callable[[Progress], Any]) -> None:
 def _done(out: Path, manifest: Any) -> None:
     if manifest is None:
         raise DataError(out, "nothing was packed")
-    for line in _left_out(manifest.notes):
+    for line in [*_left_out(manifest.notes), *_lonely(manifest)]:
         click.echo(line, err=True)
     parts = ", ".join(f"{_classes(len(members))} {split}" for split, members in manifest.splits.items())
     click.echo(
@@ -272,6 +274,16 @@ def _many(count: int, one: str, more: str) -> str:
 
 def _classes(count: int) -> str:
     return _many(count, "class", "classes")
+
+
+def _lonely(manifest: Any) -> list[str]:
+    """The usual splits that can make no episode by themselves, a line each."""
+    users = manifest.notes.get("kind") == "ratings"
+    return [
+        f"no episode can be made of {split} alone, which has {_many(len(members), *_NAMES[users])}"
+        for split, members in manifest.splits.items()
+        if split in ("train", "validation", "test") and len(members) < (1 if users else 2)
+    ]
 
 
 def _left_out(notes: Mapping[str, Any]) -> list[str]:

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 from shard_sets import bomb, draw_folder
 
+from metadist.cli import main
 from metadist.data import ShardSet, pack_folder, verify
 from metadist.errors import DataError
 
@@ -163,3 +165,16 @@ def test_an_image_that_cannot_be_read_is_not_called_unwritable(tmp_path: Path) -
     with pytest.raises(DataError, match=r"9.png: cannot be read \(No such file or directory\)"):
         pack_folder(root, tmp_path / "out")
     assert nothing_left(tmp_path / "out")
+
+
+def test_splits_too_small_for_an_episode_are_told(tmp_path: Path) -> None:
+    root = draw_folder(tmp_path / "in", ["train/a", "train/b", "val/c"])
+    words = ["data", "pack", "folder", "--source", str(root), "--out", str(tmp_path / "out"), "--as-is"]
+    told = CliRunner().invoke(main, words)
+    assert told.exit_code == 0 and "no episode can be made of validation alone, which has 1 class\n" in told.output
+    assert "of train alone" not in told.output
+
+
+def test_as_is_and_a_size_are_bad_usage(tmp_path: Path) -> None:
+    told = CliRunner().invoke(main, ["data", "pack", "folder", "--source", "x", "--out", "y", "--as-is", "--size", "8"])
+    assert told.exit_code == 2 and "--as-is and --size contradict each other" in told.output

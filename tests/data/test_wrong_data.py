@@ -170,6 +170,9 @@ TEXTS: dict[str, tuple[Make, str, str, str]] = {
         table(*GOOD, "wait, what,a"), "/t.csv:8", "3 values, but the header names 2", "in double quotes",
     ),
     "a row with less": (table(*GOOD, "what"), "/t.csv:8", "1 values, but the header names 2", "in double quotes"),
+    "a row with less, below one of two lines": (
+        table(*GOOD, '"two\nlines",a', "what"), "/t.csv:10", "1 values, but the header names 2", "in double quotes",
+    ),
     "a quote that never ends": (
         table(*GOOD, '"what,a', *GOOD), "/t.csv:8", "the row that begins here cannot be read", "close the quote",
     ),
