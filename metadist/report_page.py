@@ -12,7 +12,8 @@ _PARTS = {
     "update": "making the next weights",
 }
 
-_PAGE = """<!doctype html>
+# The head of any page of ours, open for more style; ``title`` is filled in.
+HEAD = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -61,7 +62,11 @@ pre, code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; fo
 pre { margin: .75rem 0 0; overflow-x: auto; } code { overflow-wrap: anywhere; }
 summary { cursor: pointer; font-weight: 600; }
 footer { color: var(--quiet); font-size: .85rem; }
-</style>
+"""
+
+_PAGE = (
+    HEAD
+    + """</style>
 </head>
 <body>
 <main>
@@ -174,6 +179,7 @@ footer { color: var(--quiet); font-size: .85rem; }
 </body>
 </html>
 """
+)
 
 
 def render_page(**contents: Any) -> str:

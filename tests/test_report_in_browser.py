@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -31,7 +32,8 @@ LOOK = """JSON.stringify({
   width: document.documentElement.scrollWidth,
   wide: [...document.body.querySelectorAll('*')].filter(e => !e.closest('.scroll, pre, svg')
     && e.getBoundingClientRect().right > screen.width + 0.5).map(e => e.outerHTML.slice(0, 80)),
-  bar: [...document.querySelectorAll('.bar i')].reduce((sum, i) => sum + i.getBoundingClientRect().width, 0)
+  bar: document.querySelector('.bar')
+    && [...document.querySelectorAll('.bar i')].reduce((sum, i) => sum + i.getBoundingClientRect().width, 0)
     / document.querySelector('.bar').getBoundingClientRect().width,
 })"""
 
@@ -140,6 +142,33 @@ def test_a_phone_shows_all_of_it_without_complaint(report: Path, devtools: str, 
     assert all(complete and pixels > 0 and width > 0 for complete, pixels, width in seen["pictures"])
     assert seen["width"] <= WIDTH and seen["wide"] == []
     assert seen["bar"] == pytest.approx(1, abs=0.01), "the parts of the time do not fill their bar"
+
+
+@pytest.mark.parametrize("kind", ["pictures", "texts", "ratings"])
+def test_a_phone_shows_what_a_set_holds(kind: str, devtools: str, tmp_path: Path) -> None:
+    sources = {
+        "pictures": lambda: _save(tmp_path / "s.npz", x=np.zeros((60, 9, 9), np.uint8), y=np.arange(60) // 3),
+        "texts": lambda: _rows("text,label", [f"{'word ' * 40}{'long' * 60},{'Class' * 12}{i % 9}" for i in range(60)]),
+        "ratings": lambda: _rows("userId,movieId,rating,timestamp", [f"{i % 9},{i},{i % 5},{i}" for i in range(99)]),
+    }
+
+    def _save(path: Path, **arrays: Any) -> list[str]:
+        np.savez(path, **arrays)
+        return ["arrays", "--source", str(path)]
+
+    def _rows(header: str, rows: list[str]) -> list[str]:
+        (tmp_path / "s.csv").write_text("\n".join([header, *rows]))
+        words = ["csv", "--text-column", "text", "--label-column", "label"] if kind == "texts" else ["ratings"]
+        return [*words, "--source", str(tmp_path / "s.csv"), "--least", "2"]
+
+    for words in (["pack", *sources[kind](), "--out", str(tmp_path / "out")],
+                  ["info", str(tmp_path / "out"), "--html", str(tmp_path / "page.html")]):  # fmt: skip
+        told = CliRunner().invoke(main, ["data", *words])
+        assert told.exit_code == 0, told.output
+    seen, complaints = asyncio.run(_seen(devtools, tmp_path / "page.html", False, tmp_path / "shot.base64"))
+    assert complaints == [] and seen["width"] <= WIDTH and seen["wide"] == []
+    assert bool(seen["pictures"]) == (kind == "pictures")
+    assert all(complete and pixels > 0 and width > 0 for complete, pixels, width in seen["pictures"])
 
 
 def test_the_looking_would_see_what_is_wrong(devtools: str, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ MAX_PIXELS = 1 << 26
 MAX_JSON_BYTES = 1 << 26
 MAX_BLOCK_BYTES = 1 << 31
 IMAGE_FORMATS = ("PNG", "JPEG")
+SOURCE_FORMATS = (*IMAGE_FORMATS, "WEBP", "BMP", "GIF", "TIFF")
 _NPY_1 = b"\x93NUMPY\x01\x00"
 
 
@@ -77,13 +78,13 @@ def image(data: bytes, where: str, *, mode: str | None = None, formats: Sequence
     """A decoded ``PIL.Image.Image``.
 
     Args:
-        data: bytes of a PNG or JPEG file.
+        data: bytes of the file.
         where: the file, for messages.
         mode: ``"L"``, ``"RGB"``, or as it is if none.
         formats: formats that are read; PIL knows some sixty others, which are none of ours.
 
     Raises:
-        DataError: if it is cut, damaged, of another format, or has more than 64 Mi pixels.
+        DataError: if it is cut, damaged, of another format, or has more than 64 Mi pixels, or 32 bits for each.
     """
     from PIL import Image
 
@@ -95,12 +96,26 @@ def image(data: bytes, where: str, *, mode: str | None = None, formats: Sequence
                 if opened.width * opened.height > MAX_PIXELS:
                     raise DataError(where, f"image of {opened.width} x {opened.height}, more than {MAX_PIXELS} pixels")
                 opened.load()
-                return opened.copy() if mode is None or opened.mode == mode else opened.convert(mode)
+                return opened.copy() if mode is None or opened.mode == mode else _converted(opened, mode, where)
     except DataError:
         raise
     except Exception as e:  # PIL raises OSError, SyntaxError, ValueError, struct.error and more for bad bytes
         cause = "unknown format" if type(e).__name__ == "UnidentifiedImageError" else str(e) or type(e).__name__
         raise DataError(where, f"cannot be read as an image ({cause})", "replace or remove the file") from None
+
+
+def _converted(image: Any, mode: str, where: str) -> Any:
+    """In 8 bits a channel. PIL itself cuts what has more off at 255, which leaves a white picture."""
+    from PIL import Image
+
+    deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
+    if image.mode in ("I", "F") and not deep:
+        raise DataError(where, "has 32 bits a pixel", "save it with 8 or 16")
+    if not deep:
+        return image.convert(mode)
+    eight = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    eight.info = image.info
+    return eight.convert(mode)
 
 
 def cut(data: bytes, offsets: Any, n: int, where: str) -> list[bytes]:

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from metadist.data import decode
 from metadist.data.manifest import Field, Manifest
-from metadist.data.pack import StrPath, deal, pack_classes
+from metadist.data.pack import pack_classes
 from metadist.data.sources import Progress, SourceFile, downloaded, folder_files, zip_files
-from metadist.data.writer import SHARD_BYTES
+from metadist.data.splits import StrPath, deal
+from metadist.data.writer import SHARD_BYTES, refuse_existing
 from metadist.errors import DataError
 
 PARTS = ("images_background", "images_evaluation")
@@ -67,8 +68,7 @@ def pack_omniglot(
         raise DataError("split", f"{split!r} is not a split of Omniglot", "use 'vinyals' or 'random'")
     if not 1 <= size <= 1024:
         raise DataError("size", f"{size} pixels", "use 1 to 1024")
-    if Path(out).exists():
-        raise DataError(out, "exists already", "remove it or choose another directory")
+    refuse_existing(Path(out))
     with ExitStack() as stack:
         urls = [f"{HOME}/{part}.zip" for part in PARTS]
         root = Path(source) if source is not None else stack.enter_context(downloaded(urls, progress))

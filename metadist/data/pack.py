@@ -1,27 +1,21 @@
-"""Packing arrays and folders of images as shard sets; :mod:`metadist.data.omniglot` packs Omniglot."""
+"""Packing classes one after another, and images in memory. The modules beside this one pack what people have."""
 
 from __future__ import annotations
 
-import io
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from metadist.data import decode
 from metadist.data.manifest import Field, Manifest
-from metadist.data.sources import IMAGE_SUFFIXES, Progress, SourceFile, folder_files
+from metadist.data.sources import Progress
+from metadist.data.splits import StrPath
 from metadist.data.writer import SHARD_BYTES, ShardWriter, new_directory, seal
 from metadist.errors import DataError
-from metadist.seeding import Rng
 
-SPLIT_FOLDERS = {"train": "train", "test": "test"} | dict.fromkeys(("val", "valid", "validation"), "validation")
-FRACTIONS = {"train": 0.64, "validation": 0.16, "test": 0.20}
 BLOCK_EXAMPLES = 50
-StrPath = str | os.PathLike[str]
 
 
 def pack_classes(
@@ -115,147 +109,3 @@ def pack_arrays(
         shard_bytes=shard_bytes,
         progress=progress,
     )
-
-
-def pack_folder(
-    source: StrPath,
-    out: StrPath,
-    *,
-    size: int = 84,
-    grayscale: bool = False,
-    encoding: str = "array",
-    fractions: Mapping[str, float] | None = None,
-    seed: int = 0,
-    on_bad: str = "error",
-    most_bad: float = 0.01,
-    name: str | None = None,
-    licence: str = "",
-    block_examples: int = BLOCK_EXAMPLES,
-    shard_bytes: int = SHARD_BYTES,
-    progress: Progress | None = None,
-) -> Manifest:
-    """Packs one folder of PNG or JPEG images a class, ``class/*.png`` or ``split/class/*.png``.
-
-    Folders named train, val (or valid, validation) and test at the top are splits; otherwise classes are dealt
-    to splits by ``fractions`` and ``seed``. Deeper folders belong to the class's name.
-
-    Args:
-        source: directory of the images.
-        out: directory to make; it must not exist.
-        size: images are scaled and cropped about their centre to ``size`` x ``size``.
-        grayscale: one channel (``[size, size]``) instead of three (``[size, size, 3]``).
-        encoding: ``array``, or ``jpeg`` or ``png`` for smaller shards that take longer to read.
-        fractions: share of the classes in each split, by default 64, 16 and 20 %.
-        seed: of the deal.
-        on_bad: what an image that cannot be read means: ``error``; or ``skip``: it is left out, and counted by class
-            in the manifest's notes.
-        most_bad: with ``skip``, the share of the images that may be left out.
-        name, licence, block_examples, shard_bytes, progress: as for :func:`pack_classes`.
-
-    Raises:
-        DataError: as :func:`pack_classes`, or if the folders hold no class, one class is in two splits, or an
-            image, or too many of them, cannot be read.
-    """
-    if on_bad not in ("error", "skip"):
-        raise DataError("on_bad", f"{on_bad!r}", "write error or skip")
-    if size < 1 or encoding not in ("array", "png", "jpeg"):
-        raise DataError("size, encoding", f"{size} and {encoding!r}", "size is at least 1; encoding array, png or jpeg")
-    root = Path(source)
-    files = [f for f in folder_files(root) if f.path.suffix.lower() in IMAGE_SUFFIXES and len(f.path.parts) > 1]
-    if not files:
-        raise DataError(root, "holds no folder of .png or .jpg images", "give one folder a class")
-    groups, splits = _group(files, root)
-    names = sorted(groups)
-    if splits is None:
-        splits = deal(len(names), FRACTIONS if fractions is None else fractions, seed)
-    else:
-        splits = {s: [names.index(n) for n in sorted(members)] for s, members in splits.items()}
-    mode, shape = ("L", (size, size)) if grayscale else ("RGB", (size, size, 3))
-
-    bad: list[str] = []
-    left_out: dict[str, int] = {}
-    most = int(most_bad * len(files)) if on_bad == "skip" else 0
-
-    def fitted(klass: str) -> Iterator[Any]:
-        for file in groups[klass]:
-            try:
-                yield _fitted(file, size, mode)
-            except DataError as e:
-                if on_bad == "error":
-                    raise
-                bad.append(str(e))
-                left_out[klass] = left_out.get(klass, 0) + 1
-                if len(bad) > most:
-                    some = "".join(f"\n  {why}" for why in bad[:5])
-                    told = f"more than {most} of {len(files)} images cannot be read:{some}\n"
-                    raise DataError(root, told, "mend or remove them, or raise most_bad") from None
-
-    def loader(klass: str) -> Callable[[], NDArray[np.uint8] | list[bytes]]:
-        return lambda: _encoded(list(fitted(klass)), encoding)
-
-    return pack_classes(
-        out,
-        [(n, loader(n)) for n in names],
-        splits,
-        Field(encoding, shape),
-        name=name or root.resolve().name,
-        licence=licence,
-        notes=lambda: {"left_out": left_out} if left_out else {},
-        block_examples=block_examples,
-        shard_bytes=shard_bytes,
-        progress=progress,
-    )
-
-
-def _group(files: Sequence[SourceFile], root: Path) -> tuple[dict[str, list[SourceFile]], dict[str, list[Any]] | None]:
-    """Files by class, and class names by split where the top folders are splits."""
-    tops = {f.path.parts[0] for f in files}
-    by_split = tops <= set(SPLIT_FOLDERS) and all(len(f.path.parts) > 2 for f in files)
-    groups: dict[str, list[SourceFile]] = {}
-    owner: dict[str, str] = {}
-    for f in files:
-        folders = f.path.parts[:-1]
-        klass = "/".join(folders[1:] if by_split else folders)
-        split = SPLIT_FOLDERS[folders[0]] if by_split else ""
-        if owner.setdefault(klass, split) != split:
-            raise DataError(root, f"class {klass!r} is in splits {owner[klass]!r} and {split!r}", "keep it in one")
-        groups.setdefault(klass, []).append(f)
-    if not by_split:
-        return groups, None
-    return groups, {s: [c for c, o in owner.items() if o == s] for s in sorted(set(owner.values()))}
-
-
-def deal(classes: int, fractions: Mapping[str, float], seed: int) -> dict[str, list[int]]:
-    """Deals classes to splits at random; the first split takes what rounding leaves.
-
-    Raises:
-        DataError: if the fractions are negative or do not sum to 1.
-    """
-    if min(fractions.values(), default=-1.0) < 0 or abs(sum(fractions.values()) - 1) > 1e-6:
-        mend = "give shares of the classes, e.g. 0.64 0.16 0.20"
-        raise DataError("fractions", f"{dict(fractions)} do not sum to 1", mend)
-    order = Rng(seed, "data/split").permutation(classes).tolist()
-    splits: dict[str, list[int]] = {}
-    first, *others = fractions
-    for split in others:
-        count = round(fractions[split] * classes)
-        splits[split], order = sorted(order[:count]), order[count:]
-    return {first: sorted(order), **splits}
-
-
-def _fitted(file: SourceFile, size: int, mode: str) -> Any:
-    from PIL import Image, ImageOps
-
-    image = decode.image(file.read(), file.where, mode=mode)
-    return ImageOps.fit(image, (size, size), method=Image.Resampling.LANCZOS)
-
-
-def _encoded(images: Sequence[Any], encoding: str) -> NDArray[np.uint8] | list[bytes]:
-    if encoding == "array" and images:
-        return np.stack([np.asarray(i, dtype=np.uint8) for i in images])
-    parts = []
-    for image in images:
-        out = io.BytesIO()
-        image.save(out, format=encoding.upper(), **({"quality": 95} if encoding == "jpeg" else {}))
-        parts.append(out.getvalue())
-    return parts

@@ -208,6 +208,19 @@ class ShardSet:
         offsets = decode.json_object(head, self.where(b)).get("offsets")
         return decode.cut(data, offsets, int(self.index["n"][b]), self.where(b))
 
+    def texts(self, b: int) -> list[str]:
+        """The examples of a block of texts, in order.
+
+        Raises:
+            DataError: if the set holds images, or the block is damaged or not UTF-8.
+        """
+        if self.manifest.field.encoding != "utf-8":
+            raise DataError(self.where(b), "holds images, not text", "read it with block()")
+        try:
+            return [part.decode() for part in self.parts(b)]
+        except UnicodeDecodeError as e:
+            raise DataError(self.where(b), f"is not UTF-8 ({e})", _AGAIN) from None
+
     def decode(self, b: int, head: bytes | None, payload: bytes) -> NDArray[np.uint8]:
         """The examples of an image block, uint8 ``[n, *shape]``, from its checked bytes; do not alter it.
 
@@ -218,7 +231,7 @@ class ShardSet:
         """
         where, kept, n = self.where(b), self.manifest.field, int(self.index["n"][b])
         if kept.encoding == "utf-8":
-            raise DataError(where, "holds text, not images", "read it with parts()")
+            raise DataError(where, "holds text, not images", "read it with texts()")
         if kept.encoding != "array":
             offsets = decode.json_object(head or b"", where).get("offsets")
             return decode.examples(kept.encoding, decode.cut(payload, offsets, n, where), kept.shape, where)

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from metadist.errors import DataError
 
 Progress = Callable[[int, int], None]
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MAX_FILE_BYTES = 1 << 28
 
 
@@ -34,21 +34,41 @@ def _hidden(path: PurePosixPath) -> bool:
 
 
 def folder_files(root: Path) -> list[SourceFile]:
-    """Every file below ``root`` that is not hidden, by path; paths are relative to ``root``.
+    """Every file below ``root`` that is not hidden, by path; paths are relative to ``root``. Links are followed.
 
     Raises:
-        DataError: if ``root`` is not a directory.
+        DataError: if ``root`` is not a directory, one cannot be read, or a link leads back to where it is.
     """
     if not root.is_dir():
         raise DataError(root, "no such directory", "give the directory that holds the images")
     files = []
-    for folder, _, names in os.walk(root):
-        for name in names:
-            full = Path(folder, name)
-            relative = PurePosixPath(full.relative_to(root).as_posix())
-            if not _hidden(relative):
-                files.append(SourceFile(relative, str(full), _file_reader(full)))
+    waiting: list[tuple[Path, frozenset[tuple[int, int]]]] = [(root, frozenset())]
+    while waiting:
+        folder, above = waiting.pop()
+        inner, names, here = _entries(folder, above)
+        waiting += [(sub, above | {here}) for sub in inner]
+        for full in names:
+            files.append(SourceFile(PurePosixPath(full.relative_to(root).as_posix()), str(full), _file_reader(full)))
     return sorted(files, key=lambda f: f.path.parts)
+
+
+def _entries(folder: Path, above: frozenset[tuple[int, int]]) -> tuple[list[Path], list[Path], tuple[int, int]]:
+    """Folders and files of a folder that are not hidden, and what the folder is known by: device and inode.
+
+    Raises:
+        DataError: if it cannot be read, or is one of those ``above`` it, to which a link leads back.
+    """
+    try:
+        status = folder.stat()
+        here = (status.st_dev, status.st_ino)
+        if here in above:
+            raise DataError(folder, "is a link back to a folder above it", "remove the link")
+        with os.scandir(folder) as entries:
+            shown = [Path(e.path) for e in entries if not _hidden(PurePosixPath(e.name))]
+    except OSError as e:
+        raise DataError(folder, f"cannot be read ({e.strerror})", "make it readable, or move it away") from None
+    folders = [path for path in shown if path.is_dir()]
+    return folders, [path for path in shown if path not in set(folders)], here
 
 
 def _file_reader(path: Path) -> Callable[[], bytes]:
@@ -56,10 +76,10 @@ def _file_reader(path: Path) -> Callable[[], bytes]:
         try:
             size = path.stat().st_size
             if size > MAX_FILE_BYTES:
-                raise DataError(path, f"{size} bytes, more than {MAX_FILE_BYTES}")
+                raise DataError(path, f"{size:,} bytes, more than {MAX_FILE_BYTES:,}", "make it smaller, or remove it")
             return path.read_bytes()
         except OSError as e:
-            raise DataError(path, f"cannot be read ({e.strerror})") from None
+            raise DataError(path, f"cannot be read ({e.strerror})", "make it readable, or remove it") from None
 
     return read
 
@@ -74,7 +94,7 @@ def zip_files(path: Path) -> Iterator[list[SourceFile]]:
     try:
         archive = zipfile.ZipFile(path)
     except (OSError, zipfile.BadZipFile) as e:
-        raise DataError(path, f"cannot be read as a zip ({e})", "download it again") from None
+        raise DataError(path, f"cannot be read as a zip ({e})", "make or download it again") from None
     with archive:
         files, seen = [], set()
         for entry in archive.infolist():
@@ -91,11 +111,12 @@ def zip_files(path: Path) -> Iterator[list[SourceFile]]:
 def _zip_reader(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path) -> Callable[[], bytes]:
     def read() -> bytes:
         if entry.file_size > MAX_FILE_BYTES:
-            raise DataError(f"{path}:{entry.filename}", f"{entry.file_size} bytes, more than {MAX_FILE_BYTES}")
+            found = f"{entry.file_size:,} bytes, more than {MAX_FILE_BYTES:,}"
+            raise DataError(f"{path}:{entry.filename}", found, "make it smaller, or leave it out of the zip")
         try:
             return archive.read(entry)
         except Exception as e:  # zlib.error, BadZipFile, NotImplementedError, RuntimeError (encrypted), OSError
-            raise DataError(f"{path}:{entry.filename}", f"cannot be read ({e})", "download the zip again") from None
+            raise DataError(f"{path}:{entry.filename}", f"cannot be read ({e})", "make or download it again") from None
 
     return read
 

@@ -128,14 +128,11 @@ def _unreadable(shards: ShardSet, progress: Progress | None = None) -> Iterator[
     for b in range(len(shards.index)):
         try:
             if shards.manifest.field.encoding == "utf-8":
-                for part in shards.parts(b):
-                    part.decode()
+                shards.texts(b)
             else:
                 shards.read(b)
         except DataError as e:
             yield b, str(e)
-        except UnicodeDecodeError as e:
-            yield b, f"{shards.where(b)}: is not UTF-8 ({e})"
         if progress:
             progress(b + 1, len(shards.index))
 

@@ -108,8 +108,7 @@ def new_directory(out: Path) -> Iterator[Path]:
     Raises:
         DataError: if ``out`` exists, or the disk is full or cannot be written to.
     """
-    if os.path.lexists(out):
-        raise _exists(out)
+    refuse_existing(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
@@ -126,6 +125,12 @@ def new_directory(out: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)  # gone already if it was published
 
 
+def refuse_existing(out: Path) -> None:
+    """Raises DataError if there is anything at ``out``."""
+    if os.path.lexists(out):
+        raise _exists(out)
+
+
 def _exists(out: Path) -> DataError:
     return DataError(out, "exists already", "remove it or choose another directory")
 
@@ -137,8 +142,7 @@ def _unwritable(out: Path, e: OSError) -> DataError:
 
 def _publish(part: Path, out: Path) -> None:
     """Renames in one step. Another process may have made ``out`` meanwhile; it is left alone."""
-    if os.path.lexists(out):
-        raise _exists(out)
+    refuse_existing(out)
     try:
         part.rename(out)
     except OSError as e:

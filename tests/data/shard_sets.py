@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import struct
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -54,3 +56,23 @@ def draw_omniglot(root: Path, characters: int = 8, zipped: bool = True) -> Path:
                     archive.write(file, file.relative_to(root))
             shutil.rmtree(root / part)
     return root
+
+
+def draw_folder(root: Path, classes: list[str], count: int = 3, colour: bool = True) -> Path:
+    """``count`` pictures of 12 x 9 pixels for each class, of one colour each."""
+    for i, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for j in range(count):
+            value = (20 * i, 10 * j, 7) if colour else 20 * i + j
+            Image.new("RGB" if colour else "L", (12, 9), value).save(root / name / f"{j}.png")
+    return root
+
+
+def bomb(path: Path) -> None:
+    """A PNG whose header promises 60,000 x 60,000 pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 0, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b""))

@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 from shard_sets import SPLITS, draw_omniglot, images
 
-from metadist.data import ShardSet, info, pack_arrays, pack_folder, pack_omniglot, verify
+from metadist.data import ShardSet, info, pack_arrays, pack_omniglot, verify
 from metadist.errors import DataError
 
 
@@ -203,75 +203,9 @@ def test_real_omniglot_has_the_vinyals_counts(omniglot_shards: Path) -> None:
     assert block.mean() < 60  # mostly paper
 
 
-def draw_folder(root: Path, classes: list[str], count: int = 3, colour: bool = True) -> Path:
-    for i, name in enumerate(classes):
-        (root / name).mkdir(parents=True)
-        for j in range(count):
-            value = (20 * i, 10 * j, 7) if colour else 20 * i + j
-            Image.new("RGB" if colour else "L", (12, 9), value).save(root / name / f"{j}.png")
-    return root
-
-
-@pytest.mark.parametrize("encoding", ["array", "png", "jpeg"])
-def test_a_folder_of_colour_images(tmp_path: Path, encoding: str) -> None:
-    draw_folder(tmp_path / "in", [f"c{i}" for i in range(10)])
-    m = pack_folder(tmp_path / "in", tmp_path / "out", size=8, encoding=encoding)
-    assert {s: len(c) for s, c in m.splits.items()} == {"train": 6, "validation": 2, "test": 2}
-    shards = ShardSet(tmp_path / "out")
-    assert shards.block(2).shape == (3, 8, 8, 3)
-    assert np.abs(shards.block(2)[1].astype(int) - [40, 10, 7]).max() <= (3 if encoding == "jpeg" else 0)
-    assert verify(tmp_path / "out").examples == 30
-
-
-def test_folders_named_after_splits_are_splits(tmp_path: Path) -> None:
-    draw_folder(tmp_path / "in", ["train/a", "train/b", "val/c", "test/d/e"], colour=False)
-    (tmp_path / "in" / "train" / ".hidden.png").write_bytes(b"")
-    (tmp_path / "in" / "train" / "a" / "notes.txt").write_text("not an image")
-    m = pack_folder(tmp_path / "in", tmp_path / "out", size=6, grayscale=True)
-    named = {s: [m.classes[c] for c in members] for s, members in m.splits.items()}
-    assert named == {"train": ["a", "b"], "validation": ["c"], "test": ["d/e"]}
-    assert m.field.shape == (6, 6)
-
-
 def test_a_large_class_is_cut_into_even_blocks(tmp_path: Path) -> None:
     pack_arrays([images()[0], images(1, 11)[0]], ["a", "b"], {}, tmp_path / "out", block_examples=5)
     assert ShardSet(tmp_path / "out").index["n"].tolist() == [3, 3, 3, 4, 4]
-
-
-def bomb(path: Path) -> None:
-    """A PNG whose header promises 60,000 x 60,000 pixels."""
-    import struct
-    import zlib
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 0, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
-
-
-@pytest.mark.parametrize(
-    ("spoil", "options", "message"),
-    [
-        (lambda r: (r / "a" / "0.png").write_bytes(b"GIF89a"), {}, "cannot be read as an image (unknown format)"),
-        (lambda r: bomb(r / "a" / "0.png"), {}, "0.png: cannot be read as an image (Image size"),
-        (lambda r: shutil.rmtree(r / "a"), {}, "holds no folder of .png or .jpg images; give one folder a class"),
-        (lambda r: shutil.rmtree(r), {}, "in: no such directory"),
-        (lambda r: None, {"size": 0}, "size, encoding: 0 and 'array'"),
-        (lambda r: None, {"fractions": {"train": 0.5}}, "do not sum to 1"),
-        (lambda r: draw_folder(r / "test", ["x"]) and draw_folder(r / "train", ["x"]) and shutil.rmtree(r / "a"), {},
-         "class 'x' is in splits 'test' and 'train'; keep it in one"),
-    ],
-)  # fmt: skip
-def test_a_fault_of_a_folder_is_named(
-    tmp_path: Path, spoil: Callable[[Path], object], options: dict[str, object], message: str
-) -> None:
-    root = draw_folder(tmp_path / "in", ["a"])
-    spoil(root)
-    with pytest.raises(DataError) as error:
-        pack_folder(root, tmp_path / "out", **options)  # type: ignore[arg-type]
-    assert message in str(error.value)
-    assert nothing_left(tmp_path / "out")
 
 
 @pytest.mark.parametrize("kind", [Path.mkdir, Path.touch])
@@ -335,14 +269,6 @@ def stop(done, total):
         os.kill(os.getpid(), signal.SIGKILL)
 pack_arrays(np.zeros((4, 2, 3, 3), np.uint8), list("abcd"), {}, sys.argv[1], progress=stop)
 """
-
-
-def test_an_image_that_cannot_be_read_is_not_called_unwritable(tmp_path: Path) -> None:
-    root = draw_folder(tmp_path / "in", ["a"])
-    (root / "a" / "9.png").symlink_to(tmp_path / "gone")
-    with pytest.raises(DataError, match=r"9.png: cannot be read \(No such file or directory\)"):
-        pack_folder(root, tmp_path / "out")
-    assert nothing_left(tmp_path / "out")
 
 
 def test_a_set_made_by_another_meanwhile_is_left_alone(tmp_path: Path) -> None:
