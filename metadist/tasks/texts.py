@@ -47,15 +47,9 @@ class TokenStore:
         blocks = np.unique(np.searchsorted(self.shards.rows, rows.ravel(), side="right") - 1)
         for b in blocks[~self._read[blocks]].tolist():
             a, z = self.shards.rows[b], self.shards.rows[b + 1]
-            self._held[a:z] = self.tokens(self._texts(b))
+            self._held[a:z] = self.tokens(self.shards.texts(b))
             self._read[b] = True
         return self._held[rows].astype(np.int64)
-
-    def _texts(self, b: int) -> list[str]:
-        try:
-            return [part.decode() for part in self.shards.parts(b)]
-        except UnicodeDecodeError as e:
-            raise DataError(self.shards.where(b), f"is not UTF-8 ({e})", "pack the set again") from None
 
 
 class TextTasks(TaskSource):
