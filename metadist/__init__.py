@@ -34,12 +34,14 @@ if TYPE_CHECKING:
     from metadist.episode import Episode, EpisodeBatch, Examples
     from metadist.errors import MetadistError
     from metadist.inner import gradients
-    from metadist.models import MLP, Conv4, ResNet12
+    from metadist.models import MLP, Conv4, RatingModel, ResNet12, TextBag, TextConv, TextTransformer
     from metadist.seeding import Rng
     from metadist.tasks.base import TaskSource
     from metadist.tasks.glyphs import GlyphTasks
+    from metadist.tasks.ratings import RatingTasks
     from metadist.tasks.shards import ShardTasks
     from metadist.tasks.sinusoid import SinusoidTasks
+    from metadist.tasks.texts import TextTasks
 
 __version__ = "0.1.0"
 
@@ -52,21 +54,23 @@ _HOMES = {
     "metadist.episode": ("Episode", "EpisodeBatch", "Examples"),
     "metadist.errors": ("MetadistError",),
     "metadist.inner": ("gradients",),
-    "metadist.models": ("MLP", "Conv4", "ResNet12"),
+    "metadist.models": ("MLP", "Conv4", "RatingModel", "ResNet12", "TextBag", "TextConv", "TextTransformer"),
     "metadist.seeding": ("Rng",),
     "metadist.tasks.base": ("TaskSource",),
     "metadist.tasks.glyphs": ("GlyphTasks",),
+    "metadist.tasks.ratings": ("RatingTasks",),
     "metadist.tasks.shards": ("ShardTasks",),
     "metadist.tasks.sinusoid": ("SinusoidTasks",),
+    "metadist.tasks.texts": ("TextTasks",),
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "ANIL", "BOIL", "CAVIA", "ES", "IMAML", "MAML", "MANN", "MLP", "PES", "SNAIL", "AdaptedModel", "Algorithm",
     "Conv4", "Episode", "EpisodeBatch", "Examples", "GlyphTasks", "Learner", "LocalRuntime", "MAMLPlusPlus",
-    "MatchingNet", "MetaSGD", "MetadistError", "Outer", "ProtoMAML", "ProtoNet", "RayRuntime", "Reptile",
-    "ResNet12", "Rng", "Rule", "Run", "ShardTasks", "SinusoidTasks", "TaskResults", "TaskSource",
-    "gradients", "load", "train",
+    "MatchingNet", "MetaSGD", "MetadistError", "Outer", "ProtoMAML", "ProtoNet", "RatingModel", "RatingTasks",
+    "RayRuntime", "Reptile", "ResNet12", "Rng", "Rule", "Run", "ShardTasks", "SinusoidTasks", "TaskResults",
+    "TaskSource", "TextBag", "TextConv", "TextTasks", "TextTransformer", "gradients", "load", "train",
 ]  # fmt: skip
 
 

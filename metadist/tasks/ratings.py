@@ -104,11 +104,11 @@ class RatingTasks(TaskSource):
         """
         if self.split_name == self.train_split:
             user = int(self.users[rng.integer(len(self.users))])
-            rows, values = self._ratings(user)
+            rows, values = self.ratings_of(user)
             first = rng.integer(len(values) - self.shots - self.query_shots + 1)
         else:
             user, first = int(self.users[rng.index % len(self.users)]), 0
-            rows, values = self._ratings(user)
+            rows, values = self.ratings_of(user)
         x, y = torch.from_numpy(rows[first:]), torch.from_numpy(values[first:, None])
         middle, end = self.shots, self.shots + self.query_shots
         info = {"user": self._shards.manifest.classes[user], "first": first}
@@ -118,7 +118,7 @@ class RatingTasks(TaskSource):
         """The episodes of ``numbers``, in that order; see :meth:`sample`."""
         return EpisodeBatch.stack([self.sample(Rng(seed, stream, int(e))) for e in numbers])
 
-    def _ratings(self, user: int) -> tuple[Ints, NDArray[np.float32]]:
+    def ratings_of(self, user: int) -> tuple[Ints, NDArray[np.float32]]:
         """A user's rows and ratings, ``[n, columns]`` and ``[n]``, in the order of time."""
         if user not in self._users:
             index = self._shards.index["class"]
