@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from metadist.data.features import FeatureTable, read_features
 from metadist.data.manifest import Field, Manifest
+from metadist.data.movielens import LICENCE, movielens
 from metadist.data.pack import pack_classes
 from metadist.data.samplers import Ints
 from metadist.data.sources import Progress
@@ -37,7 +38,6 @@ from metadist.errors import DataError
 
 # A user's ratings are one block, or a few in the order of time.
 BLOCK_EXAMPLES = 4096
-MOVIELENS = "that of MovieLens (GroupLens): research use, not commercial; see the README.txt beside the ratings"
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,7 @@ def pack_ratings(
     least: int = 20,
     seed: int = 0,
     delimiter: str | None = None,
+    header: Sequence[str] | None = None,
     encoding: str = "utf-8",
     on_bad: str = "error",
     most_bad: float = 0.01,
@@ -115,8 +116,8 @@ def pack_ratings(
     """Packs a table of ratings, a class for each user; users are dealt to splits at random.
 
     Args:
-        source: CSV, TSV or JSON lines with a row for each rating; or MovieLens' directory with ``ratings.csv``, and
-            ``movies.csv`` for titles, genres and decades.
+        source: CSV, TSV or JSON lines with a row for each rating; or a directory of MovieLens
+            (:func:`~metadist.data.movielens.movielens`), which gives what is not given here.
         out: directory to make; it must not exist.
         columns: where user, item, rating and time stand. Times are seconds, or dates in the form of ISO 8601.
         items, users: tables of features.
@@ -124,6 +125,7 @@ def pack_ratings(
         least: ratings that a user must have; users with fewer are left out, and counted in the manifest's notes.
         seed: of the deal.
         delimiter, encoding: of all tables.
+        header: names of the columns of ``source``, if its first line does not name them.
         on_bad: what a row that cannot be read, or a second rating of an item by a user, means: ``error``, or ``skip``.
         most_bad: with ``skip``, the share of the rows that may be left out.
         name, block_examples, shard_bytes, progress: as for :func:`~metadist.data.pack.pack_classes`.
@@ -134,15 +136,23 @@ def pack_ratings(
     """
     refuse_existing(Path(out))
     path, licence = Path(source), ""
+    reading: dict[str, Any] = {"delimiter": delimiter, "encoding": encoding}
     if path.is_dir():
-        path, items, scale, licence = _movielens(path, items, scale)
+        found, licence = movielens(path), LICENCE
+        path, items, users, scale = (
+            found["path"],
+            items or found["items"],
+            users or found["users"],
+            scale or found["scale"],
+        )
+        header = header or found.get("header")
+        reading |= {key: found[key] for key in reading if key in found}
     if least < 2:
         raise DataError("least", f"{least} ratings of a user", "an episode needs two, for support and query")
     if scale is not None and not scale[0] < scale[1]:
         raise DataError("scale", f"{scale[0]:g} to {scale[1]:g} is no scale", "give the least rating, then the most")
-    reading = {"delimiter": delimiter, "encoding": encoding}
     tolerance = Tolerance(path, "rows", on_bad, most_bad)
-    log = _read(path, columns, scale, tolerance, progress, reading)
+    log = _read(path, columns, scale, tolerance, progress, {"header": header, **reading})
     rated = _sorted(log, _repeated(log, path, tolerance), least, path, timed=columns.time is not None)
     tolerance.settle(len(log.line))
     seen = [float(rated.rating.min()), float(rated.rating.max())] if scale is None else list(map(float, scale))
@@ -168,16 +178,6 @@ def pack_ratings(
         shard_bytes=shard_bytes,
         progress=progress,
     )
-
-
-def _movielens(
-    root: Path, items: FeatureTable | None, scale: tuple[float, float] | None
-) -> tuple[Path, FeatureTable | None, tuple[float, float], str]:
-    if not (root / "ratings.csv").is_file():
-        raise DataError(root, "holds no ratings.csv", "give the table itself, or a directory of MovieLens")
-    if items is None and (root / "movies.csv").is_file():
-        items = FeatureTable(root / "movies.csv", "movieId", ("genres",), name_column="title", year_column="title")
-    return root / "ratings.csv", items, scale or (0.5, 5.0), MOVIELENS
 
 
 def _read(
