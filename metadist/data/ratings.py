@@ -12,7 +12,6 @@ So an episode of one user learns from the past and is judged on the future. An e
 
 from __future__ import annotations
 
-import json
 import math
 from array import array
 from collections.abc import Sequence
@@ -82,15 +81,14 @@ class _Sorted:
     time: NDArray[np.float64] | None
 
     def examples(self, user: int) -> list[bytes]:
-        """A user's ratings as JSON, the oldest first."""
-        found = []
-        for row in range(self.edges[user], self.edges[user + 1]):
-            example: dict[str, Any] = {"item": int(self.item[row]), "rating": float(self.rating[row])}
-            if self.time is not None:
-                time = float(self.time[row])
-                example["time"] = int(time) if time.is_integer() else time
-            found.append(json.dumps(example, sort_keys=True).encode())
-        return found
+        """A user's ratings as JSON with sorted keys, the oldest first."""
+        rows = slice(self.edges[user], self.edges[user + 1])
+        items, ratings = self.item[rows].tolist(), self.rating[rows].tolist()
+        if self.time is None:
+            return [f'{{"item": {i}, "rating": {r!r}}}'.encode() for i, r in zip(items, ratings, strict=True)]
+        times = [int(t) if t.is_integer() else t for t in self.time[rows].tolist()]
+        columns = zip(items, ratings, times, strict=True)
+        return [f'{{"item": {i}, "rating": {r!r}, "time": {t!r}}}'.encode() for i, r, t in columns]
 
 
 def pack_ratings(
