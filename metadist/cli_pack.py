@@ -18,6 +18,8 @@ _SPLITS = click.option(
     "--splits", type=_PATH, help='JSON file of the classes of each split, {"train": [...], "validation": ...}.'
 )
 _ENCODING = click.option("--encoding", default="utf-8", show_default=True, help="Of the text, e.g. latin-1, utf-16.")
+_DELIMITER = click.option("--delimiter", help="What cuts the values of a row.  [default: a comma, or a tab for .tsv]")
+_HEADER = click.option("--header", help="Names of the columns, cut at commas, if the first line does not name them.")
 _LEAST = click.option(
     "--least", type=click.IntRange(min=1), default=2, show_default=True, help="Examples that a class must have."
 )
@@ -136,12 +138,13 @@ def glyphs(out: Path) -> None:
 @click.option("--split-column", help="Of each class's split; else classes are dealt at random.")
 @_SPLITS
 @_SEED
-@click.option("--delimiter", help="What cuts the values of a row.  [default: a comma, or a tab for .tsv]")
+@_DELIMITER
+@_HEADER
 @_ENCODING
 @_LEAST
 @_ON_BAD
 @_MOST_BAD
-def csv(sources: tuple[Path, ...], out: Path, delimiter: str | None, **options: Any) -> None:
+def csv(sources: tuple[Path, ...], out: Path, **options: Any) -> None:
     """A table of sentences and their labels.
 
     \b
@@ -150,8 +153,8 @@ def csv(sources: tuple[Path, ...], out: Path, delimiter: str | None, **options: 
     """
     from metadist.data import pack_csv
 
-    cut_at = _character(delimiter)
-    _packed(out, lambda progress: pack_csv(sources, out, delimiter=cut_at, progress=progress, **options))
+    options |= _reading(options)
+    _packed(out, lambda progress: pack_csv(sources, out, progress=progress, **options))
 
 
 @pack.command()
@@ -197,7 +200,8 @@ def clinc150(source: Path | None, out: Path, splits: Path | None) -> None:
     help="Ratings that a user must have; others are left out.",
 )  # fmt: skip
 @_SEED
-@click.option("--delimiter", help="What cuts the values of a row.  [default: a comma, or a tab for .tsv]")
+@_DELIMITER
+@_HEADER
 @_ENCODING
 @_ON_BAD
 @_MOST_BAD
@@ -220,7 +224,7 @@ def ratings(source: Path, out: Path, **given: Any) -> None:
     items = FeatureTable(path, item_id, features, separator, item_name, year) if path else None
     user_id, features, path = take("user_id_column") or user, take("user_columns"), take("users")
     users = FeatureTable(path, user_id, features, separator) if path else None
-    given |= {"columns": columns, "items": items, "users": users, "delimiter": _character(given["delimiter"])}
+    given |= {"columns": columns, "items": items, "users": users, **_reading(given)}
     _packed(out, lambda progress: pack_ratings(source, out, progress=progress, **given))
 
 
@@ -246,8 +250,13 @@ def arrays(source: Path, out: Path, **options: Any) -> None:
     _packed(out, lambda progress: pack_npz(source, out, progress=progress, **options))
 
 
-def _character(delimiter: str | None) -> str | None:
-    return "\t" if delimiter in ("tab", "\\t") else delimiter
+def _reading(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Delimiter and header as they are meant."""
+    delimiter, header = options["delimiter"], options["header"]
+    return {
+        "delimiter": "\t" if delimiter in ("tab", "\\t") else delimiter,
+        "header": [name.strip() for name in header.split(",")] if header else None,
+    }
 
 
 def _packed(out: Path, work: Callable[[Progress], Any]) -> None:
@@ -261,7 +270,8 @@ def _done(out: Path, manifest: Any) -> None:
         raise DataError(out, "nothing was packed")
     for line in [*_left_out(manifest.notes), *_lonely(manifest)]:
         click.echo(line, err=True)
-    parts = ", ".join(f"{_classes(len(members))} {split}" for split, members in manifest.splits.items())
+    names = _NAMES[manifest.notes.get("kind") == "ratings"]
+    parts = ", ".join(f"{_many(len(members), *names)} {split}" for split, members in manifest.splits.items())
     click.echo(
         f"{out}: {parts}; {manifest.examples:,} examples in {len(manifest.shards)} shards, "
         f"content_id {manifest.content_id.removeprefix('sha256:')[:12]}"

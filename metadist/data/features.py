@@ -29,6 +29,7 @@ class FeatureTable:
         separator: what parts the values within a column.
         name_column: what it is called, if that is not its id.
         year_column: a column with a year in brackets, as in ``Heat (1995)``, which has the feature ``release 1990s``.
+        header: names of its columns, if its first line does not name them.
     """
 
     path: StrPath
@@ -37,6 +38,7 @@ class FeatureTable:
     separator: str = "|"
     name_column: str | None = None
     year_column: str | None = None
+    header: Sequence[str] | None = None
 
     def features_of(self, values: Sequence[str]) -> list[str]:
         """The features of a row whose ``columns`` hold ``values``, in order."""
@@ -74,7 +76,7 @@ def read_features(
     extra = [table.name_column or table.id_column, table.year_column or table.id_column]
     found: dict[str, tuple[int, str, list[str]]] = {}
     for line, (key, name, year, *values) in read_rows(
-        path, [table.id_column, *extra, *table.columns], tolerance, **reading
+        path, [table.id_column, *extra, *table.columns], tolerance, header=table.header, **reading
     ):
         if key.strip() not in wanted:
             continue

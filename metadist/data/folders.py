@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,9 @@ from metadist.data.tolerance import Tolerance, large_enough, named, short
 from metadist.data.writer import SHARD_BYTES, refuse_existing
 from metadist.errors import ConfigError, DataError
 
+_ORIENTATION = 0x0112
+_TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
+          7: "TRANSVERSE", 8: "ROTATE_90"}  # fmt: skip
 _READ = "PNG, JPEG, WebP, BMP, GIF and TIFF are read"
 
 
@@ -221,9 +225,21 @@ def picture(data: bytes, where: str, mode: str) -> Any:
     Raises:
         DataError: if it cannot be read.
     """
-    from PIL import ImageOps
+    return _upright(decode.image(data, where, mode=mode, formats=decode.SOURCE_FORMATS))
 
-    return ImageOps.exif_transpose(decode.image(data, where, mode=mode, formats=decode.SOURCE_FORMATS))
+
+def _upright(image: Any) -> Any:
+    """A photograph turned as its EXIF says; one whose EXIF is damaged is taken as it lies."""
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is damaged
+            orientation = image.getexif().get(_ORIENTATION)
+    except Exception:  # of its parser: SyntaxError, struct.error, TypeError and more
+        return image
+    turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
+    return image if turn is None else image.transpose(Image.Transpose[turn])
 
 
 def _encoded(images: Sequence[Any], encoding: str) -> NDArray[np.uint8] | list[bytes]:

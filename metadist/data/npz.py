@@ -90,17 +90,18 @@ def pack_npz(
 def _read(path: Path, wanted: Sequence[str], others: Sequence[str]) -> dict[str, NDArray[Any]]:
     """Those arrays of the file, without pickle."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            held = [entry.removesuffix(".npy") for entry in archive.namelist()]
-            for key in wanted:
-                if key not in held:
-                    has = ", ".join(map(short, held)) or "nothing"
-                    raise DataError(path, f"has no array {key!r}; it has {has}", _SAVE)
-            return {key: _array(archive, key, path) for key in (*wanted, *others) if key in held}
+        archive = zipfile.ZipFile(path)
     except OSError as e:
         raise DataError(path, f"cannot be read ({e.strerror or e})", "give an .npz file") from None
-    except zipfile.BadZipFile as e:
-        raise DataError(path, f"is not an .npz file, or is cut ({e})", _SAVE) from None
+    except Exception as e:  # BadZipFile, NotImplementedError, UnicodeDecodeError and more
+        raise DataError(path, f"is not an .npz file, or is cut ({first_line(e)})", _SAVE) from None
+    with archive:
+        held = [entry.removesuffix(".npy") for entry in archive.namelist()]
+        for key in wanted:
+            if key not in held:
+                has = ", ".join(map(short, held)) or "nothing"
+                raise DataError(path, f"has no array {key!r}; it has {has}", _SAVE)
+        return {key: _array(archive, key, path) for key in (*wanted, *others) if key in held}
 
 
 def _array(archive: zipfile.ZipFile, key: str, path: Path) -> NDArray[Any]:

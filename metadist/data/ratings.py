@@ -12,7 +12,6 @@ So an episode of one user learns from the past and is judged on the future. An e
 
 from __future__ import annotations
 
-import json
 import math
 from array import array
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from numpy.typing import NDArray
 
 from metadist.data.features import FeatureTable, read_features
 from metadist.data.manifest import Field, Manifest
+from metadist.data.movielens import LICENCE, movielens
 from metadist.data.pack import pack_classes
 from metadist.data.samplers import Ints
 from metadist.data.sources import Progress
@@ -37,7 +37,6 @@ from metadist.errors import DataError
 
 # A user's ratings are one block, or a few in the order of time.
 BLOCK_EXAMPLES = 4096
-MOVIELENS = "that of MovieLens (GroupLens): research use, not commercial; see the README.txt beside the ratings"
 
 
 @dataclass(frozen=True)
@@ -82,15 +81,14 @@ class _Sorted:
     time: NDArray[np.float64] | None
 
     def examples(self, user: int) -> list[bytes]:
-        """A user's ratings as JSON, the oldest first."""
-        found = []
-        for row in range(self.edges[user], self.edges[user + 1]):
-            example: dict[str, Any] = {"item": int(self.item[row]), "rating": float(self.rating[row])}
-            if self.time is not None:
-                time = float(self.time[row])
-                example["time"] = int(time) if time.is_integer() else time
-            found.append(json.dumps(example, sort_keys=True).encode())
-        return found
+        """A user's ratings as JSON with sorted keys, the oldest first."""
+        rows = slice(self.edges[user], self.edges[user + 1])
+        items, ratings = self.item[rows].tolist(), self.rating[rows].tolist()
+        if self.time is None:
+            return [f'{{"item": {i}, "rating": {r!r}}}'.encode() for i, r in zip(items, ratings, strict=True)]
+        times = [int(t) if t.is_integer() else t for t in self.time[rows].tolist()]
+        columns = zip(items, ratings, times, strict=True)
+        return [f'{{"item": {i}, "rating": {r!r}, "time": {t!r}}}'.encode() for i, r, t in columns]
 
 
 def pack_ratings(
@@ -104,6 +102,7 @@ def pack_ratings(
     least: int = 20,
     seed: int = 0,
     delimiter: str | None = None,
+    header: Sequence[str] | None = None,
     encoding: str = "utf-8",
     on_bad: str = "error",
     most_bad: float = 0.01,
@@ -115,8 +114,8 @@ def pack_ratings(
     """Packs a table of ratings, a class for each user; users are dealt to splits at random.
 
     Args:
-        source: CSV, TSV or JSON lines with a row for each rating; or MovieLens' directory with ``ratings.csv``, and
-            ``movies.csv`` for titles, genres and decades.
+        source: CSV, TSV or JSON lines with a row for each rating; or a directory of MovieLens
+            (:func:`~metadist.data.movielens.movielens`), which gives what is not given here.
         out: directory to make; it must not exist.
         columns: where user, item, rating and time stand. Times are seconds, or dates in the form of ISO 8601.
         items, users: tables of features.
@@ -124,6 +123,7 @@ def pack_ratings(
         least: ratings that a user must have; users with fewer are left out, and counted in the manifest's notes.
         seed: of the deal.
         delimiter, encoding: of all tables.
+        header: names of the columns of ``source``, if its first line does not name them.
         on_bad: what a row that cannot be read, or a second rating of an item by a user, means: ``error``, or ``skip``.
         most_bad: with ``skip``, the share of the rows that may be left out.
         name, block_examples, shard_bytes, progress: as for :func:`~metadist.data.pack.pack_classes`.
@@ -134,15 +134,23 @@ def pack_ratings(
     """
     refuse_existing(Path(out))
     path, licence = Path(source), ""
+    reading: dict[str, Any] = {"delimiter": delimiter, "encoding": encoding}
     if path.is_dir():
-        path, items, scale, licence = _movielens(path, items, scale)
+        found, licence = movielens(path), LICENCE
+        path, items, users, scale = (
+            found["path"],
+            items or found["items"],
+            users or found["users"],
+            scale or found["scale"],
+        )
+        header = header or found.get("header")
+        reading |= {key: found[key] for key in reading if key in found}
     if least < 2:
         raise DataError("least", f"{least} ratings of a user", "an episode needs two, for support and query")
     if scale is not None and not scale[0] < scale[1]:
         raise DataError("scale", f"{scale[0]:g} to {scale[1]:g} is no scale", "give the least rating, then the most")
-    reading = {"delimiter": delimiter, "encoding": encoding}
     tolerance = Tolerance(path, "rows", on_bad, most_bad)
-    log = _read(path, columns, scale, tolerance, progress, reading)
+    log = _read(path, columns, scale, tolerance, progress, {"header": header, **reading})
     rated = _sorted(log, _repeated(log, path, tolerance), least, path, timed=columns.time is not None)
     tolerance.settle(len(log.line))
     seen = [float(rated.rating.min()), float(rated.rating.max())] if scale is None else list(map(float, scale))
@@ -168,16 +176,6 @@ def pack_ratings(
         shard_bytes=shard_bytes,
         progress=progress,
     )
-
-
-def _movielens(
-    root: Path, items: FeatureTable | None, scale: tuple[float, float] | None
-) -> tuple[Path, FeatureTable | None, tuple[float, float], str]:
-    if not (root / "ratings.csv").is_file():
-        raise DataError(root, "holds no ratings.csv", "give the table itself, or a directory of MovieLens")
-    if items is None and (root / "movies.csv").is_file():
-        items = FeatureTable(root / "movies.csv", "movieId", ("genres",), name_column="title", year_column="title")
-    return root / "ratings.csv", items, scale or (0.5, 5.0), MOVIELENS
 
 
 def _read(

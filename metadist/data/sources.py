@@ -93,7 +93,7 @@ def zip_files(path: Path) -> Iterator[list[SourceFile]]:
     """
     try:
         archive = zipfile.ZipFile(path)
-    except (OSError, zipfile.BadZipFile) as e:
+    except Exception as e:  # OSError, BadZipFile, NotImplementedError, UnicodeDecodeError and more
         raise DataError(path, f"cannot be read as a zip ({e})", "make or download it again") from None
     with archive:
         files, seen = [], set()

@@ -32,6 +32,7 @@ def read_rows(
     tolerance: Tolerance,
     *,
     delimiter: str | None = None,
+    header: Sequence[str] | None = None,
     encoding: str = "utf-8",
     progress: Progress | None = None,
 ) -> Iterator[tuple[int, list[str]]]:
@@ -44,7 +45,8 @@ def read_rows(
         path: the file; ``.jsonl`` and ``.ndjson`` are JSON lines, ``.tsv`` is cut at tabs, others at commas.
         columns: names in the header, or keys of the objects.
         tolerance: what a bad row means.
-        delimiter: what cuts the values of a row.
+        delimiter: what cuts the values of a row; of more than one character, values cannot be quoted.
+        header: names of the columns of a table whose first line does not name them.
         encoding: of the text; a byte-order mark is passed over.
         progress: called with (bytes read, bytes in all) now and then.
 
@@ -59,7 +61,7 @@ def read_rows(
             if is_json:
                 rows = _json_rows(path, text, columns, tolerance)
             else:
-                rows = _csv_rows(path, text, columns, tolerance, delimiter or _delimiter(path))
+                rows = _csv_rows(path, text, columns, tolerance, delimiter or _delimiter(path), header)
             size = path.stat().st_size
             for number, row in enumerate(rows):
                 yield row
@@ -91,26 +93,42 @@ def _refuse_other_files(path: Path) -> None:
 
 
 def _csv_rows(
-    path: Path, text: io.TextIOWrapper, columns: Sequence[str], tolerance: Tolerance, delimiter: str
+    path: Path,
+    text: io.TextIOWrapper,
+    columns: Sequence[str],
+    tolerance: Tolerance,
+    delimiter: str,
+    header: Sequence[str] | None,
 ) -> Iterator[tuple[int, list[str]]]:
-    if len(delimiter) != 1:
-        raise DataError("delimiter", f"{delimiter!r} is not one character", "e.g. , or ; or tab")
+    lines = _cut(path, text, delimiter)
+    if not header:
+        _, header = next(lines, (1, []))
+        if not header:
+            raise DataError(path, "is empty", f"its first line must name the columns, {', '.join(columns)} among them")
+    places = _places(path, header, columns, delimiter)
+    for number, values in lines:
+        if len(values) == len(header):
+            yield number, [values[i] for i in places]
+        elif values:
+            found = f"{len(values)} values, but the header names {len(header)} columns"
+            mend = f"put a value that holds {delimiter!r} or a line's end in double quotes"
+            tolerance.bad(str(path), DataError(f"{path}:{number}", found, mend))
+
+
+def _cut(path: Path, text: io.TextIOWrapper, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """The rows of a table, each with the line on which it begins."""
+    if len(delimiter) > 1:
+        for number, line in enumerate(text, 1):
+            yield number, line.rstrip("\r\n").split(delimiter) if line.strip() else []
+        return
+    if delimiter in '"\r\n':
+        raise DataError("delimiter", f"{delimiter!r} cannot cut values", "e.g. , or ; or tab")
     csv.field_size_limit(MAX_VALUE_CHARS)
     reader = csv.reader(text, delimiter=delimiter, strict=True)
     first = 1
     try:
-        header = next(reader, None)
-        if not header:
-            raise DataError(path, "is empty", f"its first line must name the columns, {', '.join(columns)} among them")
-        places = _places(path, header, columns, delimiter)
-        first = reader.line_num + 1
         for values in reader:
-            if len(values) == len(header):
-                yield first, [values[i] for i in places]
-            elif values:
-                found = f"{len(values)} values, but the header names {len(header)} columns"
-                mend = f"put a value that holds {delimiter!r} or a line's end in double quotes"
-                tolerance.bad(str(path), DataError(f"{path}:{first}", found, mend))
+            yield first, values
             first = reader.line_num + 1
     except csv.Error as e:
         mend = "close the quote, and double each one within a value"
@@ -127,7 +145,7 @@ def _places(path: Path, header: Sequence[str], columns: Sequence[str], delimiter
             raise DataError(f"{path}:1", f"two columns are named {column!r}", "rename one")
         has = ", ".join(short(name) for name in names)
         close = difflib.get_close_matches(column, names, n=1)
-        mend = f"did you mean {close[0]!r}?" if close else "its first line must name the columns"
+        mend = f"did you mean {close[0]!r}?" if close else "its first line must name the columns, or --header"
         if len(names) == 1 and not close:
             mend += f"; if they are not cut at {delimiter!r}, say at what with --delimiter"
         raise DataError(f"{path}:1", f"there is no column {column!r} in the header, which has {has}", mend)

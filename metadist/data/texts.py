@@ -29,6 +29,7 @@ def pack_csv(
     splits: StrPath | None = None,
     seed: int = 0,
     delimiter: str | None = None,
+    header: Sequence[str] | None = None,
     encoding: str = "utf-8",
     least: int = 2,
     on_bad: str = "error",
@@ -53,7 +54,7 @@ def pack_csv(
         splits: JSON file of lists, ``{"train": [...], ...}``, of classes, or of groups if there is a group column;
             classes that it does not name are left out.
         seed: of the deal.
-        delimiter, encoding: of the tables.
+        delimiter, header, encoding: of the tables, as for :func:`~metadist.data.tables.read_rows`.
         least: examples that a class must have.
         on_bad: what a row that cannot be read, or a class of fewer than ``least``, means: ``error``; or ``skip``: it
             is left out, and counted in the manifest's notes.
@@ -72,11 +73,12 @@ def pack_csv(
     member_column = group_column or split_column
     columns = [text_column, label_column, *([member_column] if member_column else [])]
     members = Membership("group" if group_column else "split")
+    reading = {"delimiter": delimiter, "header": header, "encoding": encoding}
     tolerance = Tolerance(", ".join(map(str, paths)), "rows", on_bad, most_bad)
     with Spool() as spool:
         rows = 0
         for path in paths:
-            table = read_rows(path, columns, tolerance, delimiter=delimiter, encoding=encoding, progress=progress)
+            table = read_rows(path, columns, tolerance, progress=progress, **reading)  # type: ignore[arg-type]
             rows += _keep(path, columns, table, spool, members, tolerance)
         tolerance.settle(rows)
         return pack_texts(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -60,10 +61,12 @@ def large_enough(counts: Mapping[str, int], least: int, skips: bool, source: Any
     """The classes that have too few examples for an episode, with their numbers of examples.
 
     Raises:
-        DataError: if there are any and they are not to be left out, or if fewer than two classes are left.
+        DataError: if there are any and they are not to be left out, if fewer than two classes are left, or if the names
+            of two look the same.
     """
     if least < 1:
         raise DataError("least", f"{least} examples of a class", "it must be at least 1")
+    _refuse_twins(counts, source)
     small = {name: count for name, count in counts.items() if count < least}
     if small and not skips:
         told = f"{len(small)} of {len(counts)} classes have fewer than {least} examples: {named(small)}"
@@ -75,6 +78,16 @@ def large_enough(counts: Mapping[str, int], least: int, skips: bool, source: Any
         large = f" of {least} examples or more" if small else ""
         raise DataError(source, found + large, "an episode tells classes apart: give two or more")
     return small
+
+
+def _refuse_twins(names: Iterable[str], source: Any) -> None:
+    """Names that differ only in how an accent is coded, as those of different systems do, are one class for two."""
+    seen: dict[str, str] = {}
+    for name in names:
+        twin = seen.setdefault(unicodedata.normalize("NFC", name), name)
+        if twin != name:
+            found = f"classes {ascii(twin)} and {ascii(name)} look the same, their accents are coded in two ways"
+            raise DataError(source, found, "give both one name")
 
 
 def named(names: Iterable[str] | Mapping[str, int]) -> str:

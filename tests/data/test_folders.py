@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from PIL import Image
+from PIL import Image, ImageOps
 from shard_sets import bomb, draw_folder
 
 from metadist.cli import main
@@ -128,16 +128,27 @@ def test_a_zip_of_folders_is_the_same_set(tmp_path: Path, inner: str) -> None:
     assert packed[0].content_id == packed[1].content_id and packed[1].name == "in"
 
 
-def test_a_photograph_is_turned_as_the_camera_says(tmp_path: Path) -> None:
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
+def test_a_photograph_is_turned_as_the_camera_says(tmp_path: Path, suffix: str, orientation: int) -> None:
     root = draw_folder(tmp_path / "in", ["a", "b"])
-    left = np.zeros((9, 12, 3), dtype=np.uint8)
-    left[:, :6] = 255
+    corners = np.kron([[250, 170], [90, 10]], np.ones((8, 8))).astype(np.uint8)
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
-    Image.fromarray(left).save(root / "a" / "0.jpg", exif=exif)
-    pack_folder(root, tmp_path / "out", size=8)
-    drawn = ShardSet(tmp_path / "out").block(0)[0, :, :, 0]
-    assert drawn[:3].min() > 200 and drawn[-3:].max() < 50, "what was left is above"
+    exif[0x0112] = orientation
+    Image.fromarray(corners).convert("RGB").save(root / "a" / f"last{suffix}", exif=exif, quality=95)
+    pack_folder(root, tmp_path / "out", size=16)
+    drawn = ShardSet(tmp_path / "out").block(0)[-1, :, :, 0].astype(int)
+    wanted = ImageOps.exif_transpose(Image.open(root / "a" / f"last{suffix}"))
+    assert np.abs(drawn[2::12, 2::12] - np.asarray(wanted.convert("L"), dtype=int)[2::12, 2::12]).max() <= 12
+
+
+@pytest.mark.parametrize("spoil", [lambda e: e[:9], lambda e: b"Exif\0\0no" + e[8:], lambda e: e[:-9]])
+def test_a_damaged_exif_turns_nothing(tmp_path: Path, spoil: Callable[[bytes], bytes]) -> None:
+    root = draw_folder(tmp_path / "in", ["a", "b"])
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (12, 9)).save(root / "a" / "0.png", exif=spoil(exif.tobytes()))
+    assert pack_folder(root, tmp_path / "out", size=None).field.shape == (9, 12, 3)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif"])

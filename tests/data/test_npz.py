@@ -133,6 +133,13 @@ def test_a_file_that_is_none_or_cut(tmp_path: Path) -> None:
     for spoilt in (whole[:200], b"text", b""):
         (tmp_path / "b.npz").write_bytes(spoilt)
         assert "b.npz: is not an .npz file, or is cut" in CliRunner().invoke(main, words).output
+    newer = bytearray(whole)
+    newer[newer.rindex(b"PK\1\2") + 6] = 200  # the version that is needed to read it
+    for name in ("b.npz", "b.zip"):
+        (tmp_path / name).write_bytes(newer)
+    assert "is not an .npz file, or is cut (zip file version 20.0)" in CliRunner().invoke(main, words).output
+    folder = ["data", "pack", "folder", "--source", str(tmp_path / "b.zip"), "--out", str(tmp_path / "out")]
+    assert "b.zip: cannot be read as a zip (zip file version 20.0)" in CliRunner().invoke(main, folder).output
     altered = bytearray(whole)
     altered[300] ^= 1
     (tmp_path / "b.npz").write_bytes(altered)

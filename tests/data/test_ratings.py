@@ -156,6 +156,23 @@ def test_a_bad_row_is_named_or_left_out(tmp_path: Path, row: str, message: str) 
     assert {u: len(r) for u, r in rated(tmp_path / "out").items()} == {str(u): 3 for u in range(1, 11)}
 
 
+def test_movielens_1m_has_neither_header_nor_commas(tmp_path: Path) -> None:
+    root = tmp_path / "ml-1m"
+    root.mkdir()
+    (root / "ratings.dat").write_text("1::2::5::978300760\n1::1::3::978302109\n2::1::4::9\n2::2::4::7\n")
+    (root / "movies.dat").write_text("1::Toy Story (1995)::Animation|Comedy\n2::Misérables, Les (1958)::Drama\n",
+                                     encoding="latin-1")  # fmt: skip
+    (root / "users.dat").write_text("1::F::1::10::48067\n2::M::56::16::70072\n")
+    m = pack_ratings(root, tmp_path / "out", least=2)
+    assert m.notes["items"] == ["Toy Story (1995)", "Misérables, Les (1958)"] and m.notes["scale"] == [1.0, 5.0]
+    assert m.notes["item_features"]["names"] == ["Animation", "Comedy", "Drama", "release 1950s", "release 1990s"]
+    assert m.notes["user_features"] == {
+        "names": ["age=1", "age=56", "gender=F", "gender=M", "occupation=10", "occupation=16"],
+        "values": [[0, 2, 4], [1, 3, 5]],
+    }
+    assert [r["item"] for r in rated(tmp_path / "out")["1"]] == [1, 0] and m.name == "ml-1m"
+
+
 def test_real_movielens(metadist_data: Path, tmp_path: Path) -> None:
     told = pack("--source", metadist_data / "movielens-small", "--out", tmp_path / "out")
     assert told.exit_code == 0, told.output

@@ -81,6 +81,18 @@ def test_several_tables_are_one_after_the_other(tmp_path: Path) -> None:
     assert m.source == "a.csv, b.jsonl"
 
 
+def test_a_table_without_a_header_is_given_one(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text('1::one, or so::x\n2::two::y\r\n\n3::"three"::x\n4::four::y\n')
+    told = pack("--source", tmp_path / "t.txt", "--delimiter", "::", "--header", "n, text,label", "--out",
+                tmp_path / "out", "--text-column", "text", "--label-column", "label")  # fmt: skip
+    assert told.exit_code == 0, told.output
+    assert texts_of(tmp_path / "out") == {"x": ["one, or so", '"three"'], "y": ["two", "four"]}
+    (tmp_path / "t.txt").write_text("1::one::x\n2::two\n")
+    wrong = pack("--source", tmp_path / "t.txt", "--delimiter", "::", "--header", "n,text,label", "--out",
+                 tmp_path / "wrong", "--text-column", "text", "--label-column", "label")  # fmt: skip
+    assert "t.txt:2: 2 values, but the header names 3 columns" in wrong.output
+
+
 def test_labels_are_stripped_and_may_be_numbers_and_texts_are_kept(tmp_path: Path) -> None:
     lines = [{"text": " a ", "label": 1}, {"text": "b", "label": " 1"}, {"text": "c", "label": 2}] * 2
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, lines)))

@@ -155,7 +155,7 @@ TEXTS: dict[str, tuple[Make, str, str, str]] = {
         "/t.csv:1", "there is no column 'text' in the header, which has 'text 0', 'a'", "did you mean 'text 0'?",
     ),
     "no header, far from it": (
-        table("y,z", header="play jazz,music"), "/t.csv:1", "which has 'play jazz', 'music'", "must name the columns",
+        table("y,z", header="play jazz,music"), "/t.csv:1", "which has 'play jazz', 'music'", "columns, or --header",
     ),
     "a column of another name": (
         table(*GOOD, header="text,labels"), "/t.csv:1", "no column 'label'", "did you mean 'labels'?",
@@ -187,6 +187,10 @@ TEXTS: dict[str, tuple[Make, str, str, str]] = {
     "an empty text": (table(*GOOD, "  ,a"), "/t.csv:8", "column 'text' is empty", "fill it in, or leave the row out"),
     "an empty label": (table(*GOOD, "x,"), "/t.csv:8", "column 'label' is empty", "fill it in, or leave the row out"),
     "one label": (table("x,a", "y,a"), "/t.csv", "holds one class alone, 'a'", "give two or more"),
+    "one label coded in two ways": (
+        table("x,caf\u00e9", "y,cafe\u0301", *GOOD),
+        "/t.csv", r"classes 'caf\xe9' and 'cafe\u0301' look the same", "give both one name",
+    ),
     "a label of its own for each text": (
         table(*(f"x,{'long ' * 40}{i}" for i in range(50))),
         "/t.csv", "50 of 50 classes have fewer than 2 examples: 'long long", "add some, or leave these out",
