@@ -96,14 +96,55 @@ def resume(run_dir: Path, overrides: tuple[str, ...], allow_code: bool) -> None:
 @click.option("--episodes", type=click.IntRange(min=1), help="How many episodes.  [default: as in the config]")
 @click.option("--checkpoint", default="latest", show_default=True, help="latest, best (in training), or a version.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option(
+    "--data", "sets", multiple=True, type=click.Path(path_type=Path), help="Another shard set; may be given again."
+)
+@click.option("--shots", multiple=True, type=click.IntRange(min=1), help="With --data; may be given again.")
+@click.option("--ways", type=click.IntRange(min=2), help="With --data.  [default: as in the config]")
+@click.option("--query-shots", type=click.IntRange(min=1), help="With --data.  [default: as in the config]")
+@click.option("--split", default="test", show_default=True, help="With --data, of each set.")
+@click.option("--baselines/--no-baselines", default=True, help="With --data: also centroids and fine-tuning, or not.")
+@click.option("--picture", type=click.Path(path_type=Path), help="With --data: draw accuracy against shots here (PNG).")
 @code_option
-def evaluate(run_dir: Path, episodes: int | None, checkpoint: str, as_json: bool, allow_code: bool) -> None:
-    """Judge a run's checkpoint on held-out episodes.
+def evaluate(
+    run_dir: Path,
+    episodes: int | None,
+    checkpoint: str,
+    as_json: bool,
+    sets: tuple[Path, ...],
+    shots: tuple[int, ...],
+    ways: int | None,
+    query_shots: int | None,
+    split: str,
+    baselines: bool,
+    picture: Path | None,
+    allow_code: bool,
+) -> None:
+    """Judge a run's checkpoint on held-out episodes, of its own data or of others.
+
+    With --data pictures of another size or in colour are brought to what the run learned from, and the same episodes
+    are given to nearest centroids and to fine-tuning as well: of the run's network, and of one before any training.
 
     \b
     Example:
       metadist evaluate runs/sines --episodes 1000 --json
+      metadist evaluate runs/omniglot --data data/skin --data data/glyphs --shots 1 --shots 5 --picture crossing.png
     """
+    if sets:
+        from metadist.crossing import Crossing, crossed, table_of
+        from metadist.figures import draw_by_shots
+        from metadist.tracking.console import table
+
+        stand_ins = {"code": allowed(allow_code)}
+        asked = Crossing(sets, shots, ways, query_shots, split, episodes or 600, baselines, checkpoint, stand_ins)
+        rows = crossed(run_dir, asked)
+        if picture is not None:
+            draw_by_shots(rows, picture)
+        click.echo(json.dumps({"run_dir": str(run_dir), "rows": rows}) if as_json else table(*table_of(rows)))
+        return
+    for name, value in (("--shots", shots), ("--ways", ways), ("--query-shots", query_shots), ("--picture", picture)):
+        if value:
+            raise click.UsageError(f"{name} goes with --data; of its own data a run is judged as its config says")
     from metadist.finished import evaluate as run_evaluate
     from metadist.tracking.console import judged
 

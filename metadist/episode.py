@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+PADDING = 0
+"""What inputs of whole numbers hold where there is nothing: behind the end of a short text, say."""
+
 
 class Examples(NamedTuple):
     """Inputs ``x`` and targets ``y``; the leading dimension of both counts examples."""

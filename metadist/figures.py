@@ -27,6 +27,7 @@ LIGHT = {"paper": "#ffffff", "ink": "#1d2433", "grid": "#e3e7ee", "before": "#c2
 DARK = {"paper": "#171b24", "ink": "#d8deea", "grid": "#2c3342", "before": "#e0965f", "after": "#6ea2ff"}
 _MARKERS = {"validation": "o", "test": "D"}
 _SHOWN_EPISODES, _SHOWN_PICTURES, _SHOWN_SHOTS = 4, 10, 5
+_METHODS = ("#2f6fde", "#c2703d", "#b0479c", "#2c9c69", "#9aa3b2")
 _RIGHT, _WRONG, _QUIET = "#2e9e5b", "#d64545", "#9aa3b2"
 
 
@@ -80,6 +81,35 @@ def draw_episodes(
     return path
 
 
+def draw_by_shots(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draws what each method makes of each number of shots, a panel for each data set, with 95 % intervals.
+
+    Args:
+        rows: of :func:`metadist.crossing.crossed`.
+        path: the PNG to write.
+    """
+    sets = list(dict.fromkeys((row["data"], row["name"]) for row in rows))
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    shots = sorted({int(row["shots"]) for row in rows})
+    figure = _figure(4.2 * len(sets), 3.6, LIGHT)
+    for panel, (data, name) in enumerate(sets):
+        axes = figure.add_subplot(1, len(sets), panel + 1)
+        for place, method in enumerate(methods):
+            own = [row for row in rows if (row["data"], row["method"]) == (data, method)]
+            at = [row["shots"] * 1.03 ** (place - (len(methods) - 1) / 2) for row in own]  # side by side
+            values, ci = ([row[k] for row in own] for k in ("mean", "ci95"))
+            colour, width = _METHODS[place % len(_METHODS)], 1.2 if place else 2.2
+            axes.errorbar(at, values, ci, label=method, marker="o", ms=3, capsize=2, color=colour, lw=width)
+        _style(axes, LIGHT)
+        axes.set_xscale("log")
+        axes.set_xticks(shots, [str(k) for k in shots])
+        axes.minorticks_off()
+        axes.set(title=name, xlabel="shots", ylabel=str(rows[0]["metric"]).replace("_", " ") if panel == 0 else "")
+        if panel == 0:
+            axes.legend(frameon=False, fontsize=8)
+    write_atomically(path, _png(figure))
+
+
 def episode_pictures(batch: EpisodeBatch, before: Tensor, after: Tensor) -> list[bytes]:
     """Each episode as a picture of its own (PNG), as :func:`draw_episodes` draws several; none of other kinds."""
     pictures = []
@@ -94,7 +124,7 @@ def _drawn(batch: EpisodeBatch, predictions_before: Tensor | None, predictions_a
     x, y = batch.support
     if x.dim() == 5 and x.shape[2] in (1, 3) and y.dim() == 2 and not y.is_floating_point():
         return _picture_grid(batch, _classes(predictions_before), _classes(predictions_after))
-    if x.dim() == 3 and x.shape[-1] == 1 and y.shape == x.shape and y.is_floating_point():
+    if x.dim() == 3 and x.shape[-1] == 1 and y.shape == x.shape and x.is_floating_point() and y.is_floating_point():
         return _function_plots(batch, predictions_before, predictions_after)
     return None
 

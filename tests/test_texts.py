@@ -16,7 +16,7 @@ from metadist.cli import main
 from metadist.config import validate
 from metadist.data.manifest import Field
 from metadist.data.pack import pack_classes
-from metadist.data.tokens import PADDING
+from metadist.episode import PADDING
 from metadist.errors import ConfigError
 from metadist.experiment import Experiment
 from metadist.finished import evaluate

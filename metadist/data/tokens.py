@@ -15,10 +15,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from metadist.episode import PADDING
 from metadist.errors import DataError
 
 KINDS = ("words", "subwords", "bytes")
-PADDING = 0
 _WORD = re.compile(r"\w+|[^\w\s]")
 _BYTES, _PART = 256, 3
 
@@ -32,7 +32,7 @@ class Tokens:
             the numbers there are (the hashing trick, Weinberger et al. 2009); ``subwords``: each word, followed by its
             parts of three characters, its ends marked (Bojanowski et al. 2017), so that forms of a word that training
             never met are not strangers to each other; ``bytes``: those of its UTF-8.
-        length: tokens of a text; a longer one is cut, a shorter one ends in :data:`PADDING`.
+        length: tokens of a text; a longer one is cut, a shorter one ends in :data:`~metadist.episode.PADDING`.
         numbers: of words, padding among them; two words share a number with probability one in so many.
 
     Raises:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metadist.episode import PADDING
 from metadist.models.mlp import MLP
 
 
@@ -37,7 +38,7 @@ class RatingModel(nn.Module):
         self.decide = MLP(embedding, 1, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        there = (x != 0).to(self.vectors.dtype)[..., None]
+        there = (x != PADDING).to(self.vectors.dtype)[..., None]
         summed = (F.embedding(x, self.vectors) * there).sum(1)
         own = (F.embedding(x, self.values) * there).sum(1)
         return self.mean + own + self.decide(summed)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metadist.data.tokens import PADDING
+from metadist.episode import PADDING
 
 _LENGTH = 4.0
 

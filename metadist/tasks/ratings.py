@@ -13,19 +13,17 @@ from numpy.typing import NDArray
 
 from metadist.data.samplers import Ints
 from metadist.data.shards import ShardSet
-from metadist.episode import Episode, EpisodeBatch, Examples
+from metadist.episode import PADDING, Episode, EpisodeBatch, Examples
 from metadist.errors import DataError
 from metadist.seeding import Rng
 from metadist.tasks.base import TaskSource
-
-PADDING = 0
 
 
 class RatingTasks(TaskSource):
     """A task is a user: the support set is the past, the query set the future.
 
     An input is a row of whole numbers: of the item, of its features and of the user's features, as many columns as the
-    richest has, the rest :data:`PADDING`. The numbers of different things differ, so that one table of vectors holds
+    richest has, the rest :data:`~metadist.episode.PADDING`. The numbers of different things differ, so that one table of vectors holds
     them all.
 
     In training a user is drawn, and a moment of theirs: ``shots`` ratings before it, ``query_shots`` after it. In other

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from metadist.data.samplers import Ints, UniformSampler
 from metadist.data.shards import ShardSet
-from metadist.data.tokens import PADDING, Tokens
-from metadist.episode import Episode, EpisodeBatch, Examples
+from metadist.data.tokens import Tokens
+from metadist.episode import PADDING, Episode, EpisodeBatch, Examples
 from metadist.errors import DataError
 from metadist.seeding import Rng
 from metadist.tasks.base import TaskSource

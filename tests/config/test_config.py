@@ -86,7 +86,10 @@ def test_a_wrong_value_is_named_with_what_was_wanted(text: str, start: str) -> N
     [
         ("tasks: {type: glyphs}\nmodel: {type: conv4}\n", "algorithm: is missing; give it a value"),
         (LEAST.replace("glyphs", "shards"), "tasks.path: is missing; give it a value"),
-        (LEAST.replace("type: glyphs", ""), "tasks.type: is missing; choose one of glyphs, sinusoid, shards, custom"),
+        (
+            LEAST.replace("type: glyphs", ""),
+            "tasks.type: is missing; choose one of glyphs, sinusoid, shards, texts, ratings, custom",
+        ),
         (SHARDS % "sampler: {blocks: 3}", "tasks.sampler.type: is missing; choose one of uniform, window"),
     ],
 )
@@ -100,7 +103,8 @@ def test_what_is_missing_is_named(text: str, message: str) -> None:
         (LEAST.replace("glyphs", "glyph"), "tasks.type: there is no 'glyph'; did you mean glyphs?"),
         (
             LEAST.replace("conv4", "zzz"),
-            "model.type: there is no 'zzz'; choose one of conv4, resnet12, mlp, flatten, custom",
+            "model.type: there is no 'zzz'; choose one of conv4, resnet12, mlp, text_bag, text_conv, text_transformer, "
+            "rating, flatten, custom",
         ),
         (SHARDS % "sampler: {type: windw}", "tasks.sampler.type: there is no 'windw'; did you mean window?"),
     ],

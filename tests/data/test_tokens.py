@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metadist.data.tokens import PADDING, Tokens
+from metadist.data.tokens import Tokens
+from metadist.episode import PADDING
 from metadist.errors import DataError
 
 

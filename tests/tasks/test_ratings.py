@@ -14,12 +14,13 @@ from metadist.algorithms import MAML
 from metadist.algorithms.losses import ndcg
 from metadist.config import validate
 from metadist.data import pack_arrays, pack_ratings
+from metadist.episode import PADDING
 from metadist.errors import ConfigError, DataError
 from metadist.experiment import Experiment
 from metadist.finished import evaluate
 from metadist.models import RatingModel
 from metadist.seeding import Rng
-from metadist.tasks.ratings import PADDING, RatingTasks
+from metadist.tasks.ratings import RatingTasks
 from metadist.training import train
 
 USERS, ITEMS = 20, 30

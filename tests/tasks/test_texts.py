@@ -12,7 +12,8 @@ import torch
 from metadist.data import pack_arrays
 from metadist.data.manifest import Field
 from metadist.data.pack import pack_classes
-from metadist.data.tokens import PADDING, Tokens
+from metadist.data.tokens import Tokens
+from metadist.episode import PADDING
 from metadist.errors import DataError
 from metadist.seeding import Rng
 from metadist.tasks.outsiders import OUTSIDE
