@@ -85,23 +85,36 @@ def omniglot(source: Path | None, out: Path, split: str, splits_dir: Path | None
 @click.option("--size", type=click.IntRange(1, 4096), help="Side of the pictures in pixels.  [default: 84]")
 @click.option("--as-is", is_flag=True, help="No scaling: all pictures are of one size.")
 @click.option("--gray", "grayscale", is_flag=True, help="One channel instead of three.")
+@click.option(
+    "--labels", "tables", multiple=True, type=_PATH,
+    help="Table of each picture's class, in place of folders; train.csv, val.csv and test.csv are splits.",
+)  # fmt: skip
+@click.option("--file-column", default="filename", show_default=True, help="In --labels: path, name or stem of a file.")
+@click.option("--label-column", default="label", show_default=True, help="In --labels: its class.")
+@click.option("--split-column", help="In --labels: the split of its class.")
 @_SPLITS
 @_SEED
 @_LEAST
 @_ON_BAD
 @_MOST_BAD
-def folder(source: Path, out: Path, size: int | None, as_is: bool, **options: Any) -> None:
+def folder(
+    source: Path, out: Path, size: int | None, as_is: bool, tables: tuple[Path, ...], file_column: str,
+    label_column: str, split_column: str | None, **options: Any,
+) -> None:  # fmt: skip
     """Pictures of your own, one folder a class: PNG, JPEG, WebP, BMP, GIF or TIFF.
 
     \b
     Example:
       metadist data pack folder --source pictures --out data/mine --size 84
+      metadist data pack folder --source photos.zip --labels photos.csv --file-column id --out data/photos
     """
-    from metadist.data import pack_folder
+    from metadist.data import LabelTable, pack_folder
 
     if as_is and size is not None:
         raise click.UsageError("--as-is and --size contradict each other; give one of them")
     side = None if as_is else size or 84
+    if tables:
+        options["labels"] = LabelTable(tables, file_column, label_column, split_column)
     _packed(out, lambda progress: pack_folder(source, out, size=side, progress=progress, **options))
 
 

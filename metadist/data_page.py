@@ -25,6 +25,7 @@ from metadist.seeding import Rng
 _CLASSES, _EXAMPLES, _TEXTS = 6, 8, 3  # shown of a split; of a class; of a class of texts
 _WAYS, _QUERY, _PAST, _FUTURE = 5, 2, 8, 4
 _BINS, _LONGEST, _SIDE = 10, 240, 112
+_MOST = 1e9  # a rating that is shown as a number
 _LETTERS = "ABCDE"
 _ORDER = {"train": 0, "validation": 1, "test": 2}
 
@@ -370,7 +371,8 @@ def _rating(text: str) -> dict[str, Any] | None:
     """A rating from its JSON, or None if it is none."""
     try:
         found = json.loads(text)
-        return {**found, "item": int(found["item"]), "rating": float(found["rating"])}
+        item, rating = int(found["item"]), float(found["rating"])
+        return {**found, "item": item, "rating": rating} if abs(rating) <= _MOST else None  # NaN is not
     except (ValueError, TypeError, KeyError, RecursionError, OverflowError):
         return None
 

@@ -105,8 +105,9 @@ def test_ratings(tmp_path: Path) -> None:
 
 def test_ratings_that_are_none_are_shown_as_they_are(tmp_path: Path) -> None:
     good = json.dumps({"item": 0, "rating": 1, "time": 1e99}).encode()
-    bad = [b"no json", b'{"item": 7, "rating": 1}', b'{"item": "x"}', b"[1]", good]
-    notes = {"kind": "ratings", "items": ["film"]}
+    bad = [b"no json", b'{"item": 7, "rating": 1}', b'{"item": "x"}', b"[1]", good, b'{"item": 0, "rating": NaN}']
+    bad += [json.dumps({"item": 0, "rating": 10.0**n}).encode() for n in range(40)]
+    notes = {"kind": "ratings", "items": ["film"], "scale": ["a", None], "left_out": {"a": "b"}}
     users = [(str(u), lambda: bad) for u in range(3)]
     pack_classes(tmp_path / "set", users, {"train": [0, 1, 2]}, Field("utf-8"), name="odd", notes=notes)
     text = page(tmp_path / "set")

@@ -6,6 +6,7 @@
 from metadist.data.clinc150 import pack_clinc150
 from metadist.data.features import FeatureTable
 from metadist.data.folders import pack_folder
+from metadist.data.labelled import LabelTable
 from metadist.data.manifest import Field, Manifest, load_manifest
 from metadist.data.npz import pack_npz
 from metadist.data.omniglot import pack_omniglot
@@ -24,6 +25,7 @@ __all__ = [
     "Draws",
     "FeatureTable",
     "Field",
+    "LabelTable",
     "Manifest",
     "Prefetch",
     "Report",

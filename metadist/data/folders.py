@@ -1,4 +1,4 @@
-"""Packing folders of pictures, or a zip of them: one folder a class."""
+"""Packing folders of pictures, or a zip of them: one folder a class, or classes by a table."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from metadist.data import decode
+from metadist.data.labelled import LabelTable, by_table
 from metadist.data.manifest import Field, Manifest
 from metadist.data.pack import BLOCK_EXAMPLES, pack_classes
 from metadist.data.sources import IMAGE_SUFFIXES, Progress, SourceFile, folder_files, zip_files
@@ -36,6 +37,7 @@ def pack_folder(
     size: int | None = 84,
     grayscale: bool = False,
     encoding: str = "array",
+    labels: LabelTable | None = None,
     splits: StrPath | None = None,
     fractions: Mapping[str, float] | None = None,
     seed: int = 0,
@@ -61,6 +63,7 @@ def pack_folder(
             and stay as they are.
         grayscale: one channel (``[size, size]``) instead of three (``[size, size, 3]``).
         encoding: ``array``, or ``jpeg`` or ``png`` for smaller shards that take longer to read.
+        labels: tables of the class of each picture, in place of folders; pictures that they do not name are left out.
         splits: JSON file of lists of classes, ``{"train": [...], ...}``; classes that it does not name are left out.
         fractions: share of the classes in each split, by default 64, 16 and 20 %.
         seed: of the deal.
@@ -80,13 +83,12 @@ def pack_folder(
     refuse_existing(Path(out))
     root = Path(source)
     with _opened(root) as files:
-        pictures = [f for f in files if f.path.suffix.lower() in IMAGE_SUFFIXES and len(f.path.parts) > 1]
-        if not pictures:
-            raise _no_pictures(root, files)
-        groups, told = _group(pictures, root)
+        rows = Tolerance(root if labels is None else ", ".join(map(str, labels.paths)), "rows", on_bad, most_bad)
+        groups, told = _by_folder(root, files) if labels is None else by_table(labels, _pictures(files), rows)
         if told is not None and splits is not None:
-            raise ConfigError("splits", f"told by {splits} and by the folders of {root}", "give one of them")
-        tolerance = Tolerance(root, "images", on_bad, most_bad, total=len(pictures))
+            ours = root if labels is None else rows.source
+            raise ConfigError("splits", f"told by {splits}, and by {ours} itself", "give one of them")
+        tolerance = Tolerance(root, "images", on_bad, most_bad, total=sum(map(len, groups.values())))
         small = large_enough({k: len(members) for k, members in groups.items()}, least, tolerance.skips, root)
         large = sorted(set(groups) - set(small))
         chosen = choose(large, told=told, listed=splits, fractions=fractions, seed=seed)
@@ -95,6 +97,7 @@ def pack_folder(
         if size is None:
             reader.take_size(groups[name] for name in names)
         notes = {"too_small": small, "in_no_split": len(large) - len(names), "left_out": tolerance.left_out}
+        notes["left_out_rows"] = rows.left_out
         return pack_classes(
             out,
             [(n, lambda n=n: _encoded(reader.all(n, groups[n]), encoding)) for n in names],  # type: ignore[misc]
@@ -122,12 +125,14 @@ def _opened(root: Path) -> Iterator[list[SourceFile]]:
         yield files
 
 
+def _pictures(files: Sequence[SourceFile]) -> list[SourceFile]:
+    return [f for f in files if f.path.suffix.lower() in IMAGE_SUFFIXES]
+
+
 def _no_pictures(root: Path, files: Sequence[SourceFile]) -> DataError:
-    loose = [f for f in files if f.path.suffix.lower() in IMAGE_SUFFIXES]
-    if loose:
-        return DataError(
-            root, f"its {len(loose)} pictures lie in it directly", "put those of each class into a folder of its own"
-        )
+    if loose := _pictures(files):
+        mend = "put those of each class into a folder of its own, or give a table of their classes with --labels"
+        return DataError(root, f"its {len(loose)} pictures lie in it directly", mend)
     if not files:
         return DataError(root, "holds no pictures", "give one folder of pictures a class")
     kinds = Counter(f.path.suffix.lower() or "unnamed" for f in files)
@@ -135,8 +140,11 @@ def _no_pictures(root: Path, files: Sequence[SourceFile]) -> DataError:
     return DataError(root, f"holds no pictures, but {held}", f"give one folder of pictures a class; {_READ}")
 
 
-def _group(files: Sequence[SourceFile], root: Path) -> tuple[dict[str, list[SourceFile]], dict[str, str] | None]:
-    """Files by class, and the split of each class where the top folders are splits."""
+def _by_folder(root: Path, every: Sequence[SourceFile]) -> tuple[dict[str, list[SourceFile]], dict[str, str] | None]:
+    """Pictures by class, and the split of each class where the top folders are splits."""
+    files = [f for f in _pictures(every) if len(f.path.parts) > 1]
+    if not files:
+        raise _no_pictures(root, every)
     tops = {f.path.parts[0] for f in files}
     splits = {top for top in tops if top.lower() in SPLIT_NAMES}
     deep = all(len(f.path.parts) > 2 for f in files)

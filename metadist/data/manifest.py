@@ -136,6 +136,8 @@ def _contradictions(m: Manifest) -> list[str]:
     room = sum(max(s.bytes, 0) for s in m.shards)
     if m.blocks < 0 or m.blocks > room // _LEAST_BLOCK:
         problems.append(f"{m.blocks} blocks in {room} bytes of shards")
+    if not isinstance(m.notes, Mapping):
+        problems.append(f"notes are a {type(m.notes).__name__}, not an object")
     if len(set(m.classes)) != len(m.classes):
         problems.append("two classes have one name")
     # A shard is a plain name in this directory: never a path, a URL or a command.

@@ -189,3 +189,12 @@ def test_splits_too_small_for_an_episode_are_told(tmp_path: Path) -> None:
 def test_as_is_and_a_size_are_bad_usage(tmp_path: Path) -> None:
     told = CliRunner().invoke(main, ["data", "pack", "folder", "--source", "x", "--out", "y", "--as-is", "--size", "8"])
     assert told.exit_code == 2 and "--as-is and --size contradict each other" in told.output
+
+
+def test_a_class_that_is_too_small_for_what_cannot_be_read_is_told(tmp_path: Path) -> None:
+    root = draw_folder(tmp_path / "in", ["a", "b"], count=10)
+    for file in sorted((root / "b").glob("*.png"))[1:]:
+        file.write_bytes(b"none")
+    with pytest.raises(DataError, match="in: only 1 of the 10 pictures of class 'b' can be read; remove its folder"):
+        pack_folder(root, tmp_path / "out", on_bad="skip", most_bad=0.5)
+    assert nothing_left(tmp_path / "out")

@@ -187,6 +187,7 @@ def test_verify_lists_every_problem(spoilt: Path) -> None:
         ({"schema": "other"}, "schema 'other' is not a shard set's"),
         ({"classes": None}, "lacks or garbles a field"),
         ({"unknown": 1}, "lacks or garbles a field"),
+        ({"notes": [1]}, "notes are a list, not an object"),
         ({"splits": {"train": [0], "test": [0]}}, "class 'k0' is in splits 'train' and 'test'"),
         ({"splits": {"train": [12]}}, "split 'train' names class 12 of 12"),
         ({"shards": [{"name": "pipe:touch x.tar", "bytes": 1, "sha256": ""}]}, "is not a plain file name"),
