@@ -26,7 +26,7 @@ from metadist.training import train
 
 ENCODERS = {
     "text_bag": {"embedding": 32},
-    "text_conv": {"embedding": 6, "filters": 4},
+    "text_conv": {"embedding": 24, "filters": 24},
     "text_transformer": {"embedding": 8, "layers": 1, "heads": 2},
 }
 
@@ -129,7 +129,7 @@ def test_confidence_tells_outsiders_from_the_others() -> None:
 @pytest.mark.parametrize("name", ENCODERS)
 def test_a_run_learns_and_reports_how_outsiders_are_told_apart(packed: Path, name: str, tmp_path: Path) -> None:
     config = sections(packed, name)
-    config["outer"]["steps"], config["tasks"]["renamed"] = 40, 0.5
+    config["outer"]["steps"], config["tasks"]["renamed"] = 100, 0.5
     run = train(Experiment(validate(config, "the test")), tmp_path / "run")
     told = json.loads((run.path / "summary.json").read_text())["evaluation"]
     assert told["mean"] > 0.6, "chance is a third"

@@ -23,8 +23,8 @@ class RatingTasks(TaskSource):
     """A task is a user: the support set is the past, the query set the future.
 
     An input is a row of whole numbers: of the item, of its features and of the user's features, as many columns as the
-    richest has, the rest :data:`~metadist.episode.PADDING`. The numbers of different things differ, so that one table of vectors holds
-    them all.
+    richest has, the rest :data:`~metadist.episode.PADDING`. The numbers of different things differ, so that one table
+    of vectors holds them all.
 
     In training a user is drawn, and a moment of theirs: ``shots`` ratings before it, ``query_shots`` after it. In other
     splits episode *e* is user *e* (from the first again after the last), at their beginning: ``shots`` ratings are all
