@@ -92,14 +92,23 @@ class AdaptedModel(nn.Module):
         self._algorithm = algorithm
         leaves, self._spec = pytree.tree_flatten(adapted)
         self.values = nn.ParameterList([nn.Parameter(v.detach().clone()) for v in leaves])
-        self._support = support
+        self.support_x: Tensor
+        self.support_y: Tensor
+        self.register_buffer("support_x", support.x)
+        self.register_buffer("support_y", support.y)
+
+    def named_values(self) -> dict[str, Tensor]:
+        """What was adapted, by name: of learners that adapt a network, the names of its parameters."""
+        paths, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(list(self.values), self._spec))
+        return {".".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path): v for path, v in paths}
 
     def forward(self, x: Tensor) -> Tensor:
         """The outputs for ``x [N, ...]``."""
         adapted = pytree.tree_unflatten(list(self.values), self._spec)
         dtype, device = self._algorithm.model.dtype, self._algorithm.model.device
         x = x.to(device, dtype) if x.is_floating_point() else x.to(device)
-        return self._algorithm.predict(adapted, self._support, x, evaluation=True)
+        support = Examples(self.support_x, self.support_y)
+        return self._algorithm.predict(adapted, support, x, evaluation=True)
 
 
 class Learner:

@@ -43,6 +43,7 @@ class _State(BaseModel):
     layout: list[str]
     files: dict[str, _File]
     content_id: str | None
+    inputs: dict[str, Any] | None = None
     progress: dict[str, Any]
     config: dict[str, Any]
 
@@ -65,6 +66,7 @@ class Checkpoint:
         config: the resolved config as plain values.
         content_id: of the data it was trained on, if the source has one.
         progress: totals of the run so far, e.g. ``tasks_seen``.
+        inputs: what its tasks look like, as of :class:`metadist.inputs.Inputs`; None of checkpoints before there were.
     """
 
     version: int
@@ -73,6 +75,7 @@ class Checkpoint:
     config: dict[str, Any]
     content_id: str | None
     progress: dict[str, Any]
+    inputs: dict[str, Any] | None = None
 
 
 def save_checkpoint(
@@ -84,6 +87,7 @@ def save_checkpoint(
     progress: Mapping[str, Any],
     keep: int,
     best: bool = False,
+    inputs: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a server snapshot as a version, points ``latest`` at it, removes the oldest.
 
@@ -91,7 +95,7 @@ def save_checkpoint(
         store: where to.
         snapshot: of :meth:`metadist.server.ParameterServer.snapshot`.
         layout: of its weights.
-        config, content_id, progress: see :class:`Checkpoint`.
+        config, content_id, progress, inputs: see :class:`Checkpoint`.
         keep: how many to keep, besides the best.
         best: whether it is the best so far; ``best`` points at it then.
 
@@ -117,6 +121,7 @@ def save_checkpoint(
         "layout": list(layout.names),
         "files": {n: {"bytes": len(b), "sha256": hashlib.sha256(b).hexdigest()} for n, b in contents.items()},
         "content_id": content_id,
+        "inputs": None if inputs is None else dict(inputs),
         "progress": dict(progress),
         "config": dict(config),
     }
@@ -183,7 +188,7 @@ def load_checkpoint(store: Store, version: int) -> Checkpoint:
         "weights": vector.numpy(),
         "outer_state": {k: v.numpy() for k, v in outer.items()},
     }
-    return Checkpoint(version, meta_params, snapshot, state.config, state.content_id, state.progress)
+    return Checkpoint(version, meta_params, snapshot, state.config, state.content_id, state.progress, state.inputs)
 
 
 def best_of(store: Store) -> int | None:

@@ -21,7 +21,7 @@ class CheckpointWriter:
 
     Args:
         store: where they lie.
-        layout, config, content_id: as of :func:`metadist.checkpoint.save_checkpoint`.
+        layout, config, content_id, inputs: as of :func:`metadist.checkpoint.save_checkpoint`.
         options: how many are kept, and what an error means.
         tell: told in words of one that could not be written.
     """
@@ -34,9 +34,10 @@ class CheckpointWriter:
         content_id: str | None,
         options: CheckpointConfig,
         tell: Callable[[str], None],
+        inputs: Mapping[str, Any] | None = None,
     ) -> None:
         self._store, self._layout, self._config, self._content_id = store, layout, config, content_id
-        self._options, self._tell = options, tell
+        self._options, self._tell, self._inputs = options, tell, inputs
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
         self.failed = 0
@@ -50,7 +51,7 @@ class CheckpointWriter:
         self.settle()
         writing = self._thread.submit(
             save_checkpoint, self._store, snapshot, self._layout, self._config, self._content_id, progress,
-            self._options.keep, best,
+            self._options.keep, best, self._inputs,
         )  # fmt: skip
         if last:
             writing.result()

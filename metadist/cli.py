@@ -14,6 +14,7 @@ from metadist.cli_code import allowed, code_option
 from metadist.cli_data import data
 from metadist.cli_doctor import doctor
 from metadist.cli_submit import submit
+from metadist.cli_use import adapt, export
 from metadist.errors import MetadistError
 
 
@@ -293,6 +294,8 @@ def _bench_row(row: dict[str, Any]) -> tuple[str, ...]:
 main.add_command(data)
 main.add_command(submit)
 main.add_command(doctor)
+main.add_command(adapt)
+main.add_command(export)
 
 
 def _stoppable(run: Callable[[], Any]) -> None:

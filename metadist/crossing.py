@@ -144,7 +144,7 @@ class _Judged:
             "shots": shots or own.shots or section.shots,
             "query_shots": crossing.query_shots or own.query_shots or section.query_shots,
         }
-        if size["ways"] != (own.ways or section.ways) and self.learner.wants == "outputs":
+        if size["ways"] != (own.ways or section.ways) and not self.learner.any_ways:
             raise ConfigError(
                 "--ways",
                 f"is {size['ways']}, and the run's network answers with one of {own.ways or section.ways}",

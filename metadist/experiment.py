@@ -28,6 +28,7 @@ from metadist.errors import ConfigError
 from metadist.inner import Convolution, Engine, FunctionalModel
 from metadist.inner.kernels import available as kernels_available
 from metadist.inner.optimizers import make_optimizer
+from metadist.inputs import Inputs
 from metadist.models import MLP, Conv4, Flatten, RatingModel, ResNet12, TextBag, TextConv, TextTransformer
 from metadist.rounds import EpisodeSize
 from metadist.seeding import Rng
@@ -50,6 +51,7 @@ class Experiment:
         model: a function that makes the module, in place of the ``model`` section.
         algorithm: a learner in place of the ``algorithm`` section.
         code: whether what the config names by ``import_path`` may be imported, which runs it; or the names that may be.
+        known: what the tasks look like, so that a learner can be made where their data are not.
 
     It travels to the workers, so the objects must be picklable by value or by name.
     """
@@ -59,6 +61,7 @@ class Experiment:
     model: Callable[[], nn.Module] | None = None
     algorithm: Algorithm | None = None
     code: bool | frozenset[str] = False
+    known: Inputs | None = None
     _sources: dict[Any, TaskSource] = field(default_factory=dict, compare=False, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -85,7 +88,15 @@ class Experiment:
 
     def example(self) -> Episode:
         """One training episode, for the shapes of inputs and targets."""
+        if self.known is not None:
+            return self.known.example()
         return self.source(self.train_split).episodes(self.config.seed, "example", [0])[0]
+
+    def inputs(self) -> Inputs:
+        """What the tasks look like."""
+        if self.known is not None:
+            return self.known
+        return Inputs.of(self.example(), getattr(self.source(self.train_split), "vocabulary", None))
 
     @property
     def plan(self) -> Plan:
@@ -275,7 +286,7 @@ class Experiment:
 
     def _vocabulary(self, section: ModelSection, x: torch.Tensor) -> int:
         """How many numbers the tasks' inputs are made of, for models that have a vector for each."""
-        vocabulary = getattr(self.source(self.train_split), "vocabulary", None)
+        vocabulary = self.inputs().vocabulary
         if vocabulary is None or x.is_floating_point() or x.dim() != 2:
             raise ConfigError(
                 "model.type",

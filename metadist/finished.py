@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from metadist.errors import CheckpointError, RunDirError
 from metadist.evaluation import evaluation_round, summarise, tasks_together
 from metadist.experiment import Experiment
 from metadist.history import UPDATES, replayed, updates
+from metadist.inputs import Inputs
 from metadist.outer.gradient import Layout, sha256_of
 from metadist.progress import tracked
 from metadist.rundir import RunDirectory
@@ -93,7 +95,7 @@ def replay(run_dir: Path, version: int | None = None, code: bool | frozenset[str
 
 
 def load_learner(
-    run_dir: Path, stand_ins: dict[str, Any] | None = None, which: str = LATEST
+    run_dir: Path, stand_ins: dict[str, Any] | None = None, which: str = LATEST, plain: bool = False
 ) -> tuple[Algorithm, Experiment, Checkpoint]:
     """The learner of a run, at one of its checkpoints.
 
@@ -101,14 +103,22 @@ def load_learner(
         run_dir: the run's directory.
         stand_ins: of what its config cannot name; see :class:`Experiment`.
         which: ``latest``, the newest that is whole; ``best``, of the evaluations during training; or a version.
+        plain: compute with torch's own operators alone, neither traced nor compiled.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it is damaged.
     """
     run = RunDirectory.open(run_dir)
     experiment = Experiment(run.load_config(), **(stand_ins or {}))
+    if plain:
+        experiment = experiment.with_engine(compile=False, convolution="direct", fused_norm=False)
     torch.set_num_threads(experiment.config.runtime.threads_per_worker)
     checkpoint = _checkpoint(run.store(experiment.config), which)
+    if checkpoint.inputs is not None:
+        try:
+            experiment = replace(experiment, known=Inputs.read(checkpoint.inputs))
+        except (TypeError, ValueError, KeyError) as e:
+            raise CheckpointError(run_dir, f"does not say what its inputs look like ({e})") from e
     learner = experiment.learner()
     check_fits(checkpoint, Layout.of(learner.initial_meta_params()), None, run_dir)
     return learner, experiment, checkpoint

@@ -244,7 +244,7 @@ class _Training:
         self._start_trackers(snapshot["version"])
         self.writer = CheckpointWriter(
             self.store, self.layout, self.config.model_dump(mode="json"), content_id, self.config.checkpoint,
-            self.trackers.message,
+            self.trackers.message, self.experiment.inputs().told(),
         )  # fmt: skip
         code = 1
         summary: dict[str, Any] = {}

@@ -78,6 +78,9 @@ class Algorithm:
     exact: ClassVar[bool] = True
     """Whether :meth:`meta_gradient` claims to be the derivative of the query loss after adaptation."""
 
+    any_ways: ClassVar[bool] = False
+    """Whether tasks may have another number of classes than those it learned from."""
+
     wants: ClassVar[Literal["outputs", "features"]] = "outputs"
     """Whether the models of this package are built with a last layer for the task's outputs or without."""
 

@@ -21,6 +21,7 @@ class MetricLearner(Algorithm):
     The model is an embedding: its output for an example, flattened. Wants whole-number targets.
     """
 
+    any_ways = True
     wants = "features"
 
     def __init__(self, loss: str | LossFunction = "auto", metric: str = "auto") -> None:

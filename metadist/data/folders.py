@@ -82,7 +82,7 @@ def pack_folder(
         raise DataError("size, encoding", f"{size} and {encoding!r}", "size is at least 1; encoding array, png or jpeg")
     refuse_existing(Path(out))
     root = Path(source)
-    with _opened(root) as files:
+    with source_files(root) as files:
         rows = Tolerance(root if labels is None else ", ".join(map(str, labels.paths)), "rows", on_bad, most_bad)
         groups, told = _by_folder(root, files) if labels is None else by_table(labels, _pictures(files), rows)
         if told is not None and splits is not None:
@@ -113,7 +113,7 @@ def pack_folder(
 
 
 @contextmanager
-def _opened(root: Path) -> Iterator[list[SourceFile]]:
+def source_files(root: Path) -> Iterator[list[SourceFile]]:
     """The files of a folder, or of a zip; a folder that holds all of a zip is passed over."""
     if not root.is_file():
         yield folder_files(root)

@@ -48,7 +48,7 @@ def folder_files(root: Path) -> list[SourceFile]:
         inner, names, here = _entries(folder, above)
         waiting += [(sub, above | {here}) for sub in inner]
         for full in names:
-            files.append(SourceFile(PurePosixPath(full.relative_to(root).as_posix()), str(full), _file_reader(full)))
+            files.append(SourceFile(PurePosixPath(full.relative_to(root).as_posix()), str(full), file_reader(full)))
     return sorted(files, key=lambda f: f.path.parts)
 
 
@@ -71,7 +71,7 @@ def _entries(folder: Path, above: frozenset[tuple[int, int]]) -> tuple[list[Path
     return folders, [path for path in shown if path not in set(folders)], here
 
 
-def _file_reader(path: Path) -> Callable[[], bytes]:
+def file_reader(path: Path) -> Callable[[], bytes]:
     def read() -> bytes:
         try:
             size = path.stat().st_size

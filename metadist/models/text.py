@@ -37,7 +37,7 @@ class TextBag(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         embedded, _ = self.embed(x)
-        # From 0 to 2, so that no known word drowns the new ones, whose weight is 1. Tenfold, it moves as fast as a vector.
+        # From 0 to 2, so that no known word drowns the new ones, whose weight is 1; tenfold, it moves as a vector does.
         summed = (embedded * 2 * torch.sigmoid(10 * F.embedding(x, self.weight))).sum(1)
         return self.head(summed * torch.rsqrt((summed * summed).sum(-1, keepdim=True) + 1e-6) * self.length)
 
