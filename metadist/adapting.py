@@ -153,7 +153,13 @@ def predict(adapted: Adapted, query: Path) -> list[Prediction]:
         MetadistError: they cannot be read.
     """
     given = read_examples(query, adapted.inputs, adapted.tokens, labelled=False)
-    found = adapted.probabilities(given.x).tolist()
+    try:
+        found = adapted.probabilities(given.x).tolist()
+    except ValueError as e:  # what BatchNorm says of a single number
+        if adapted.batchnorm != "transductive" or len(given.x) > 1:
+            raise
+        told = "is one example, and the run normalises those it is asked about by each other"
+        raise DataError(query, told, "ask about several at once, or train with model.batchnorm=inductive") from e
     known = set(adapted.classes)
     return [
         Prediction(

@@ -156,6 +156,9 @@ def test_a_table_a_file_and_one_picture(runs: Path, mine: Path, capsys: pytest.C
 def test_answers_that_depend_on_each_other_say_so(runs: Path, mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert metadist("adapt", runs / "maml", "--support", mine / "known", "--query", mine / "unknown")[0] == 0
     assert "train with model.batchnorm=inductive" in capsys.readouterr().err
+    one = ["--support", mine / "known", "--query", mine / "unknown" / "red" / "1.png"]
+    assert metadist("adapt", runs / "matchingnet", *one)[0] in (0, 1)  # by what operators there are for its norms
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_any_number_of_classes_where_no_layer_fixes_it(
@@ -298,6 +301,8 @@ def test_exported_programs_give_the_same_with_torch_alone(runs: Path, mine: Path
         for plain, within in ((True, 1e-6), (False, 1e-5)):
             scores = Scores(adapt(runs / name, mine / "known", plain=plain))
             for x, got in zip(inputs, outputs[name], strict=True):
+                if len(x) == 1 and LEARNERS[name].get("batchnorm") is None:
+                    continue  # it would be normalised by itself
                 with torch.no_grad():
                     torch.testing.assert_close(got, scores(x), rtol=within, atol=within)
 
