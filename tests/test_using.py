@@ -298,7 +298,7 @@ def test_exported_programs_give_the_same_with_torch_alone(runs: Path, mine: Path
     outputs = torch.load(mine / "outputs.pt")
     for name in EXPORTED:
         # Fused operators, where a run has them, round otherwise.
-        for plain, within in ((True, 1e-6), (False, 1e-5)):
+        for plain, within in ((True, 1e-6), (False, 1e-4)):
             scores = Scores(adapt(runs / name, mine / "known", plain=plain))
             for x, got in zip(inputs, outputs[name], strict=True):
                 if len(x) == 1 and LEARNERS[name].get("batchnorm") is None:
