@@ -11,7 +11,7 @@ from torch.func import grad, vmap
 
 from metadist.algorithms import Algorithm
 from metadist.algorithms.heads import class_means, find_head
-from metadist.episode import Episode, EpisodeBatch
+from metadist.episode import PADDING, Episode, EpisodeBatch
 from metadist.inner import Tensors
 
 Features = Callable[[Tensors, Tensor, Tensor], Tensor]
@@ -27,6 +27,37 @@ def inputs_centroid(batch: EpisodeBatch, ways: int) -> Tensor:
         return _nearest(sx.flatten(1), sy, qx.flatten(1), ways) == qy
 
     return vmap(one)(*batch.support, *batch.query)
+
+
+def words_centroid(batch: EpisodeBatch, ways: int, weights: Tensor) -> Tensor:
+    """Right answers ``[T, Q]`` of the class whose mean text is nearest, texts being their words (cosine).
+
+    Args:
+        batch: texts as whole numbers, ``[T, S, length]``.
+        ways: classes of each task.
+        weights: what each number counts, ``[vocabulary]``: its inverse document frequency, say; 0 for padding.
+    """
+
+    def vectors(x: Tensor) -> Tensor:
+        there = torch.zeros(len(x), len(weights), dtype=weights.dtype).scatter_(1, x, 1.0)
+        return F.normalize(there * weights, dim=-1)
+
+    right = []
+    for task in batch:
+        (sx, sy), (qx, qy) = task.support, task.query
+        means = F.normalize(class_means(vectors(sx), sy, ways), dim=-1)
+        right.append((vectors(qx) @ means.T).argmax(-1) == qy)
+    return torch.stack(right)
+
+
+def inverse_document_frequency(texts: Tensor, vocabulary: int) -> Tensor:
+    """``log((1 + n) / (1 + d))`` of each number that is in ``d`` of ``n`` texts ``[n, length]``; 0 for padding."""
+    there = torch.zeros(vocabulary)
+    for part in texts.split(1024):
+        there += torch.zeros(len(part), vocabulary).scatter_(1, part, 1.0).sum(0)
+    weights = torch.log((1 + len(texts)) / (1 + there))
+    weights[PADDING] = 0
+    return weights
 
 
 def features_centroid(features: Features, params: Tensors, batch: EpisodeBatch, ways: int) -> Tensor:

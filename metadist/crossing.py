@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from metadist.algorithms import Algorithm
-from metadist.baselines import features_centroid, features_of, fine_tuned, inputs_centroid
+from metadist.baselines import (
+    features_centroid,
+    features_of,
+    fine_tuned,
+    inputs_centroid,
+    inverse_document_frequency,
+    words_centroid,
+)
 from metadist.checkpoint import LATEST
 from metadist.config.schema import ClassTasks, TextTasksConfig
 from metadist.data import load_manifest
@@ -29,10 +36,8 @@ from metadist.tasks.fitted import Fitted
 from metadist.tasks.shards import ShardTasks
 from metadist.tasks.texts import TextTasks
 
-RUN, SCRATCH, TUNED, NEAREST, PLAIN = (
-    "the run", "fine-tuned from scratch", "fine-tuned from the run", "centroid of features", "centroid of inputs",
-)  # fmt: skip
-METHODS = (RUN, TUNED, SCRATCH, NEAREST, PLAIN)
+RUN, SCRATCH, TUNED = "the run", "fine-tuned from scratch", "fine-tuned from the run"
+NEAREST, PLAIN, WORDS = "centroid of features", "centroid of inputs", "centroid of words, tf-idf"
 
 _Judge = Callable[[EpisodeBatch], Tensor]
 
@@ -65,7 +70,8 @@ class Crossing:
 def crossed(run_dir: Path, crossing: Crossing) -> list[dict[str, Any]]:
     """A row for each set, number of shots and method.
 
-    All methods see the same episodes, a fixed, seeded set. Fine-tuning fits the run's network, with a new last layer,
+    All methods see the same episodes, a fixed, seeded set. Words are weighted by how few texts of the set's training
+    split (of the judged one, if there is none) they are in. Fine-tuning fits the run's network, with a new last layer,
     to each support set by Adam; from scratch it sets out from where the run's training began.
 
     Returns:
@@ -96,7 +102,7 @@ class _Judged:
     def on(self, path: Path, shots: int | None, crossing: Crossing) -> Iterator[dict[str, Any]]:
         """The rows of one set and one number of shots."""
         source, size = self._source(path, shots, crossing)
-        methods = self._methods(size["ways"])
+        methods = self._methods(size["ways"], source)
         together = tasks_together(Layout.of(self.meta_params).numel)
         stream, seed = f"crossing/{crossing.split}", self.experiment.config.seed
         starts = range(0, crossing.episodes, together)
@@ -114,7 +120,7 @@ class _Judged:
             del result["pre_adaptation"]
             yield {"data": str(path), **told, "method": name, **size, **result}
 
-    def _methods(self, ways: int) -> dict[str, _Judge]:
+    def _methods(self, ways: int, source: TaskSource) -> dict[str, _Judge]:
         """The accuracy of each method, ``[T]``, on T episodes."""
 
         def run(batch: EpisodeBatch) -> Tensor:
@@ -131,7 +137,10 @@ class _Judged:
             methods[TUNED] = lambda batch: _share(fine_tuned(features, learned, batch, ways))
             methods[SCRATCH] = lambda batch: _share(fine_tuned(features, begun, batch, ways))
             methods[NEAREST] = lambda batch: _share(features_centroid(features, learned, batch, ways))
-        if batch_of_numbers(self.example):
+        if isinstance(source, TextTasks):
+            weights = inverse_document_frequency(torch.from_numpy(source.every_text("train")), source.vocabulary)
+            methods[WORDS] = lambda batch: _share(words_centroid(batch, ways, weights))
+        else:
             methods[PLAIN] = lambda batch: _share(inputs_centroid(batch, ways))
         return methods
 
@@ -162,11 +171,6 @@ class _Judged:
             shape = list(x.shape[1:])
             raise ConfigError("--data", f"holds pictures, and the run's inputs have shape {shape}", "leave it out")
         return Fitted(ShardTasks(path, **common), x.shape[1], (x.shape[2], x.shape[3])), size  # type: ignore[arg-type]
-
-
-def batch_of_numbers(example: Any) -> bool:
-    """Whether inputs are numbers, which have a mean, and not tokens."""
-    return bool(example.support.x.is_floating_point())
 
 
 def _share(right: Tensor) -> Tensor:

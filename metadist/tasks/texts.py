@@ -158,6 +158,14 @@ class TextTasks(TaskSource):
         pool = self._strangers or self.sampler.pool
         return with_outsiders(batch, self._tokens(outsider_rows(pool, self.outsiders, seed, stream, numbers, inside)))
 
+    def every_text(self, split: str) -> NDArray[np.int64]:
+        """The tokens of all texts of a split, ``[n, length]``; of this source's own, if the set lacks it."""
+        there = split if split in self._shards.manifest.splits else self.split_name
+        index = self._shards.index["class"]
+        blocks = np.flatnonzero(np.isin(index, self._shards.classes_of(there)))
+        rows = [np.arange(self._shards.rows[b], self._shards.rows[b + 1]) for b in blocks]
+        return self._store.gather(np.concatenate(rows))
+
     def _with_other_words(self, batch: EpisodeBatch, seed: int, stream: str, numbers: Sequence[int]) -> EpisodeBatch:
         """Each word of an episode is, by chance, another of the vocabulary wherever it stands."""
         for task, number in enumerate(numbers):
