@@ -12,7 +12,9 @@ from safetensors.torch import load as load_tensors
 from metadist.cli import main
 from metadist.config import load_config
 from metadist.config.load import read_yaml
-from metadist.data import pack_arrays
+from metadist.data import pack_arrays, pack_ratings
+from metadist.data.manifest import Field
+from metadist.data.pack import pack_classes
 from metadist.outer.gradient import sha256_of
 from metadist.tasks.glyphs import glyph_images
 from metadist.tracking.base import PARTS
@@ -36,6 +38,26 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stand-in for CLINC150."""
+    out = tmp_path_factory.mktemp("configs") / "texts"
+    classes = [(f"k{c}", lambda c=c: [f"word{c} number {i}".encode() for i in range(10)]) for c in range(16)]
+    splits = {"train": list(range(8)), "test": list(range(8, 15)), "oos": [15]}
+    pack_classes(out, classes, splits, Field("utf-8", ()), name="texts")
+    return out
+
+
+@pytest.fixture(scope="module")
+def ratings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stand-in for MovieLens."""
+    folder = tmp_path_factory.mktemp("configs")
+    rows = [f"{user},{item},{1 + (user * item) % 5},{item}" for user in range(20) for item in range(25)]
+    (folder / "ratings.csv").write_text("\n".join(["userId,movieId,rating,timestamp", *rows]))
+    pack_ratings(folder / "ratings.csv", folder / "ratings")
+    return folder / "ratings"
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_it_has_a_header_and_its_own_name(path):
     assert path.read_text().startswith("# "), "wanted a comment on what it reproduces and what to expect"
@@ -43,8 +65,11 @@ def test_it_has_a_header_and_its_own_name(path):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
-def test_it_runs_two_steps(path, shards, tmp_path):
-    words = [*SMALL, ALONE, *([f"tasks.path={shards}"] if read_yaml(path)["tasks"]["type"] == "shards" else [])]
+def test_it_runs_two_steps(path, request, tmp_path):
+    kind = read_yaml(path)["tasks"]["type"]
+    words = [*SMALL, ALONE]
+    if kind in ("shards", "texts", "ratings"):
+        words.append(f"tasks.path={request.getfixturevalue(kind)}")
     run_dir = tmp_path / "run"
     result = CliRunner().invoke(main, ["train", str(path), *words, "--run-dir", str(run_dir)], catch_exceptions=False)
     assert result.exit_code == 0, result.output
