@@ -1,7 +1,7 @@
 """A folder of pictures to try the commands with, in place of one's own: letters, one folder each.
 
-``FOLDER/pictures`` has classes to learn from, ``FOLDER/known`` a few pictures of five others, and ``FOLDER/unknown`` more
-of these five.
+``FOLDER/pictures`` has classes to learn from, ``FOLDER/known`` a few pictures of five others, ``FOLDER/unknown`` more
+of these.
 
 Example: python tools/examples/letters.py mine
 """
