@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from metadist.algorithms import Algorithm
+from metadist.algorithms import Algorithm, Rule
+from metadist.errors import ConfigError
 from metadist.experiment import Experiment
 from metadist.outer.gradient import Block, Layout, TreeSum
 from metadist.outer.update import MetaUpdate, Prepared
@@ -145,6 +147,18 @@ class ParameterServer:
 
 
 def outer_options(experiment: Experiment, learner: Algorithm, layout: Layout) -> dict[str, Any]:
-    """The ``outer`` section, with the sizes of the tensors and the places of what the optimizer is not to move."""
+    """The ``outer`` section, with the sizes of the tensors and the places of what the optimizer is not to move.
+
+    Raises:
+        ConfigError: a pattern of what is frozen is the name of nothing that is learned.
+    """
+    section = experiment.config.outer
     rules = {name: rule.__dict__ for name, rule in learner.update_rules().items()}
-    return {**experiment.config.outer.model_dump(), "sizes": layout.sizes, "rules": layout.places(rules)}
+    for pattern in section.frozen:
+        named = fnmatch.filter(layout.names, pattern)
+        if not named:
+            known = ", ".join(layout.names)
+            problem = f"{pattern!r} is the name of nothing that is learned"
+            raise ConfigError("outer.frozen", problem, f"there is {known}")
+        rules |= {name: Rule("keep").__dict__ for name in named}
+    return {**section.model_dump(), "sizes": layout.sizes, "rules": layout.places(rules)}

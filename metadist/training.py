@@ -219,6 +219,7 @@ class _Training:
         started = time.perf_counter()
         # Whatever can be refused is refused before anything is written.
         self._refuse_what_cannot_be_partial()
+        self.outer = outer_options(self.experiment, self.learner, self.layout)
         content_id = self.experiment.source(self.experiment.train_split).describe().get("content_id")
         self._open_evaluation_sources()
         snapshot = self._first_snapshot(checkpoint, content_id)
@@ -237,7 +238,7 @@ class _Training:
         assert self.backend is not None
         self.content_id, self.base_wall_s, self.started = content_id, self.progress.wall_s, started
         self.code = code_version()
-        self.backend.start(snapshot, outer_options(self.experiment, self.learner, self.layout))
+        self.backend.start(snapshot, self.outer)
         if self.config.checkpoint.path is not None:
             self.run.take(self.store)
         self.run.save_config(self.config)

@@ -59,11 +59,11 @@ class Rule:
     Args:
         kind: ``average``: a running average; what ``meta_gradient`` gives for it is this batch's observation,
             summed over tasks, towards whose mean it moves by ``rate``. ``replace``: the sum over the meta-batch of
-            what ``meta_gradient`` gives is its next value.
+            what ``meta_gradient`` gives is its next value. ``keep``: it stays.
         rate: of the running average, in (0, 1].
     """
 
-    kind: Literal["average", "replace"]
+    kind: Literal["average", "replace", "keep"]
     rate: float = 1.0
 
 

@@ -305,6 +305,9 @@ class OuterConfig(Section):
     )
     warmup_steps: Natural = Field(0, description="steps over which lr rises from zero")
     clip_norm: Rate | None = Field(None, description="largest global norm of the meta-gradient")
+    frozen: tuple[str, ...] = Field(
+        (), description="patterns of what stays as it began, such as body.*: a pretrained backbone, say"
+    )
     steps: Positive = Field(1000, description="meta-updates of the whole run")
     meta_batch_size: Positive = Field(32, description="tasks of a meta-update, all workers together")
     tasks_per_microbatch: Positive | Literal["auto"] = Field(

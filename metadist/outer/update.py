@@ -81,9 +81,9 @@ class MetaUpdate:
     Args:
         meta_params: the vector ``[numel]``; copied.
         options: the ``outer`` section of the config, as a mapping. ``rules``, if there, lists what no optimizer
-            moves, as ``(start, stop, {"kind": ..., "rate": ...})``: a running ``average`` of the mean, or something to
-            ``replace`` by the sum (see :class:`metadist.algorithms.base.Rule`). ``sizes``, if there, are those of the
-            tensors in the vector, in order; without them it is taken for one.
+            moves, as ``(start, stop, {"kind": ..., "rate": ...})``: a running ``average`` of the mean, something to
+            ``replace`` by the sum, or to ``keep`` as it is (see :class:`metadist.algorithms.base.Rule`). ``sizes``, if
+            there, are those of the tensors in the vector, in order; without them it is taken for one.
         version: updates made so far.
     """
 
@@ -157,6 +157,8 @@ class MetaUpdate:
         if rule["kind"] == "replace":
             return new.clone()
         old = self.vector[start:stop].detach()
+        if rule["kind"] == "keep":
+            return old.clone()
         return old + rule["rate"] * (new / tasks - old)
 
     def _cut(self, vector: Tensor) -> list[Tensor]:
