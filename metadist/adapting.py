@@ -123,12 +123,8 @@ def adapt(
             network can answer with.
     """
     learner, experiment, checkpoint = load_learner(run_dir, stand_ins, which, plain)
-    inputs = experiment.inputs()
-    if inputs.classes is None or inputs.y:
-        kind = experiment.config.tasks.type
-        told = f"of the run is {kind}, which does not tell classes apart"
-        raise ConfigError("tasks.type", told, "use md.load(RUN).adapt")
-    tokens = _tokens(experiment)
+    inputs, tokens = reading_of(experiment)
+    assert inputs.classes is not None
     given = read_examples(support, inputs, tokens, labelled=True)
     classes = sorted({str(c) for c in given.classes})
     if len(classes) < 2:
@@ -222,13 +218,9 @@ def read_examples(source: Path, inputs: Inputs, tokens: Tokens | None, labelled:
 
     Raises:
         DataError: they cannot be read, or there are none.
-        ConfigError: the run learned from something else than pictures or texts.
     """
     if tokens is not None:
         return _texts(source, tokens, labelled)
-    if not inputs.pictures:
-        told = f"of the run have inputs {list(inputs.x)} of {inputs.x_dtype}, no pictures"
-        raise ConfigError("tasks", told, "use md.load(RUN).adapt")
     return _pictures(source, inputs, labelled)
 
 
@@ -284,8 +276,19 @@ def _texts(source: Path, tokens: Tokens, labelled: bool) -> Given:
     return Given([text for text, _ in rows], x, [label or None for _, label in rows])
 
 
-def _tokens(experiment: Experiment) -> Tokens | None:
-    section = experiment.config.tasks
-    if not isinstance(section, TextTasksConfig):
-        return None
-    return Tokens(section.tokens, section.length, section.vocabulary)
+def reading_of(experiment: Experiment) -> tuple[Inputs, Tokens | None]:
+    """What a run's inputs look like, and how texts are read if they are texts.
+
+    Raises:
+        ConfigError: the run does not tell classes apart, or its inputs are neither pictures nor texts.
+    """
+    inputs, section = experiment.inputs(), experiment.config.tasks
+    if inputs.classes is None or inputs.y:
+        told = f"of the run is {section.type}, which does not tell classes apart"
+        raise ConfigError("tasks.type", told, "use md.load(RUN).adapt")
+    if isinstance(section, TextTasksConfig):
+        return inputs, Tokens(section.tokens, section.length, section.vocabulary)
+    if not inputs.pictures:
+        told = f"of the run have inputs {list(inputs.x)} of {inputs.x_dtype}, no pictures"
+        raise ConfigError("tasks", told, "use md.load(RUN).adapt")
+    return inputs, None

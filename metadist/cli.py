@@ -13,6 +13,7 @@ import click
 from metadist.cli_code import allowed, code_option
 from metadist.cli_data import data
 from metadist.cli_doctor import doctor
+from metadist.cli_serve import serve
 from metadist.cli_submit import submit
 from metadist.cli_use import adapt, export
 from metadist.errors import MetadistError
@@ -296,6 +297,7 @@ main.add_command(submit)
 main.add_command(doctor)
 main.add_command(adapt)
 main.add_command(export)
+main.add_command(serve)
 
 
 def _stoppable(run: Callable[[], Any]) -> None:
