@@ -19,7 +19,8 @@ _PAGE = """<!doctype html>
   .drop { border-style: dashed; min-height: 3.2rem; }
   .drop.over { border-color: var(--on); }
   .drop img { height: 3rem; margin: .15rem; image-rendering: pixelated; vertical-align: middle; }
-  input, textarea, button { font: inherit; }
+  input, textarea, button { font: inherit; max-width: 100%; box-sizing: border-box; }
+  fieldset { min-width: 0; }
   input[type=text], input[type=password], textarea { width: 100%; box-sizing: border-box; padding: .3rem .5rem; }
   button { padding: .4rem .9rem; cursor: pointer; }
   .bar { display: grid; grid-template-columns: 8rem 1fr 4rem; gap: .5rem; align-items: center; }

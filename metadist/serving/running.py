@@ -33,18 +33,20 @@ def run(
         address="local", num_cpus=replicas + 1, include_dashboard=False, logging_level=logging.ERROR,
         log_to_driver=False,
     )  # fmt: skip
-    stop = threading.Event()
+    stop, serving = threading.Event(), False
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     try:
         serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "WARNING"})
         serve.run(deployed(settings, replicas, queued), name="metadist", route_prefix="/")
+        serving = True
         say(f"{settings.run_dir} is served at http://{host}:{port}/ ; Ctrl-C ends it")
         while not stop.wait(0.5):
             pass
     finally:
         say("ending")
-        serve.shutdown()
+        if serving:
+            serve.delete("metadist")  # what is being answered is answered first; the rest ends with Ray
         ray.shutdown()
 
 
