@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metadist.algorithms import Algorithm
 from metadist.api import AdaptedModel, Learner
 from metadist.checkpoint import LATEST
 from metadist.config.schema import TextTasksConfig
@@ -29,6 +30,7 @@ from metadist.experiment import Experiment
 from metadist.files import write_atomically
 from metadist.finished import load_learner
 from metadist.inputs import Inputs
+from metadist.seeding import Rng
 
 _TOGETHER = 256
 
@@ -136,10 +138,20 @@ def adapt(
             f"leave some out, train with tasks.ways={len(classes)}, or train what takes any number, such as protonet",
         )
     y = torch.tensor([classes.index(str(c)) for c in given.classes])
-    model = Learner(run_dir, learner, checkpoint.meta_params, checkpoint.version).adapt(Examples(given.x, y)).eval()
+    learner = learner.with_ways(len(classes))
+    examples = _in_order(learner, Examples(given.x, y))
+    model = Learner(run_dir, learner, checkpoint.meta_params, checkpoint.version).adapt(examples).eval()
     counts = Counter(str(c) for c in given.classes)
     shots, batchnorm = {c: counts[c] for c in classes}, learner.model.batchnorm
     return Adapted(run_dir, checkpoint.version, classes, shots, model, inputs, batchnorm, tokens)
+
+
+def _in_order(learner: Algorithm, support: Examples) -> Examples:
+    """The support in an order that the learner was trained on: who must not see class after class gets it shuffled."""
+    if not learner.wants_order or "by_class" in learner.wants_order:
+        return support
+    order = torch.from_numpy(Rng(0, "adapting/support").permutation(len(support.y)).copy())
+    return Examples(support.x[order], support.y[order])
 
 
 def predict(adapted: Adapted, query: Path) -> list[Prediction]:

@@ -90,7 +90,8 @@ class AdaptedModel(nn.Module):
     def __init__(self, algorithm: Algorithm, adapted: Any, support: Examples) -> None:
         super().__init__()
         self._algorithm = algorithm
-        leaves, self._spec = pytree.tree_flatten(adapted)
+        leaves, spec = pytree.tree_flatten(adapted)
+        self._places = pytree.tree_unflatten(list(range(len(leaves))), spec)  # of each value, by its number
         self.values = nn.ParameterList([nn.Parameter(v.detach().clone()) for v in leaves])
         self.support_x: Tensor
         self.support_y: Tensor
@@ -99,16 +100,19 @@ class AdaptedModel(nn.Module):
 
     def named_values(self) -> dict[str, Tensor]:
         """What was adapted, by name: of learners that adapt a network, the names of its parameters."""
-        paths, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(list(self.values), self._spec))
+        paths, _ = pytree.tree_flatten_with_path(self._adapted())
         return {".".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path): v for path, v in paths}
 
     def forward(self, x: Tensor) -> Tensor:
         """The outputs for ``x [N, ...]``."""
-        adapted = pytree.tree_unflatten(list(self.values), self._spec)
         dtype, device = self._algorithm.model.dtype, self._algorithm.model.device
         x = x.to(device, dtype) if x.is_floating_point() else x.to(device)
         support = Examples(self.support_x, self.support_y)
-        return self._algorithm.predict(adapted, support, x, evaluation=True)
+        return self._algorithm.predict(self._adapted(), support, x, evaluation=True)
+
+    def _adapted(self) -> Any:
+        """What the learner's ``adapt`` gave, with the values as they are now."""
+        return pytree.tree_map(lambda place: self.values[place], self._places)
 
 
 class Learner:

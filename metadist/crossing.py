@@ -122,10 +122,11 @@ class _Judged:
 
     def _methods(self, ways: int, source: TaskSource) -> dict[str, _Judge]:
         """The accuracy of each method, ``[T]``, on T episodes."""
+        learner = self.learner.with_ways(ways) if self.learner.any_ways else self.learner
 
         def run(batch: EpisodeBatch) -> Tensor:
             with torch.no_grad():
-                return self.learner.evaluate(self.meta_params, batch)[self.learner.objective.metric]
+                return learner.evaluate(self.meta_params, batch)[self.learner.objective.metric]
 
         methods: dict[str, _Judge] = {RUN: run}
         if not self.baselines:

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from metadist.episode import Episode, Examples
 
+_MOST_NUMBERS = 1 << 31
+"""Of the inputs of an episode: a checkpoint that asks for more room was not written by a run."""
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -54,6 +57,12 @@ class Inputs:
         for name in (made.x_dtype, made.y_dtype):
             if not isinstance(getattr(torch, name, None), torch.dtype):
                 raise ValueError(f"{name!r} is no dtype")
+        counts = [*made.x, *made.y, made.support, made.query]
+        counts += [n for n in (made.classes, made.vocabulary) if n is not None]
+        if any(type(n) is not int or n < 1 for n in counts):
+            raise ValueError(f"{counts} are no sizes")
+        if math.prod(made.x) * (made.support + made.query) > _MOST_NUMBERS or math.prod(made.y) > _MOST_NUMBERS:
+            raise ValueError(f"inputs of shape {list(made.x)}, which no run has")
         return made
 
     def told(self) -> dict[str, Any]:

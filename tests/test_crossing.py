@@ -67,6 +67,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "tasks": {"type": "shards", "path": str(folder / "grey"), **common},
             "model": {"type": "conv4", "filters": 4}, "algorithm": {"type": "protonet"},
         },
+        "prototypes": {
+            "tasks": {"type": "shards", "path": str(folder / "grey"), **common},
+            "model": {"type": "conv4", "filters": 4}, "algorithm": {"type": "protomaml"},
+        },
         "texts_run": {
             "tasks": {"type": "texts", "path": str(folder / "texts"), **common},
             "model": {"type": "text_bag", "embedding": 64}, "algorithm": {"type": "protonet"},
@@ -121,8 +125,9 @@ def test_texts_are_compared_by_their_words(world: Path) -> None:
 
 
 def test_any_number_of_ways_where_no_layer_fixes_it(world: Path) -> None:
-    (row,) = crossed(world / "any_ways", Crossing([world / "colour"], ways=5, episodes=4, baselines=False))
-    assert row["ways"] == 5
+    for name in ("any_ways", "prototypes"):
+        (row,) = crossed(world / name, Crossing([world / "colour"], ways=5, episodes=4, baselines=False))
+        assert row["ways"] == 5
     with pytest.raises(ConfigError, match=r"--ways: is 5, and the run's network answers with one of 3; leave it out"):
         crossed(world / "pictures", Crossing([world / "colour"], ways=5))
 

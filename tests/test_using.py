@@ -121,7 +121,11 @@ def test_the_answers_are_the_learners_own(
     files = sorted((mine / "known").rglob("*.png"), key=lambda p: p.relative_to(mine / "known").parts)
     x = torch.stack([prepared(p) for p in files])
     y = torch.tensor([classes.index(p.parent.name) for p in files])
-    model = md.load(runs / name).adapt((x, y))
+    if name == "snail":
+        x, y = (t[md.Rng(0, "adapting/support").permutation(len(y))] for t in (x, y))
+    learner = md.load(runs / name)
+    learner.algorithm = learner.algorithm.with_ways(3)
+    model = learner.adapt((x, y))
     asked = [mine / "unknown" / p["name"] for p in found["predictions"]]
     assert len(asked) == 5
     wanted = model(torch.stack([prepared(p) for p in asked]))[:, :3].softmax(-1)
@@ -165,7 +169,7 @@ def test_any_number_of_classes_where_no_layer_fixes_it(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     draw(tmp_path / "known", dict.fromkeys(COLOURS, 2))
-    for name, ends in (("protonet", 0), ("matchingnet", 0), ("maml", 1), ("protomaml", 1)):
+    for name, ends in (("protonet", 0), ("matchingnet", 0), ("protomaml", 0), ("maml", 1)):
         code, _ = metadist("adapt", runs / name, "--support", tmp_path / "known", "--query", tmp_path / "known")
         assert code == ends, name
         if ends:
@@ -244,6 +248,43 @@ def test_what_the_tasks_look_like_is_kept_and_read_back() -> None:
         Inputs.read({**kept.told(), "x_dtype": "system"})
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("x", [3, -1, 4]),
+        ("x", [1 << 30, 64, 64]), ("y", ["many"]), ("classes", 0), ("query", 2.5), ("support", 1 << 40),
+    ],
+)
+def test_what_no_run_keeps_is_refused_before_room_is_made(field: str, value: Any) -> None:
+    support = md.Examples(torch.rand(6, 3, 5, 4), torch.arange(6) % 3)
+    kept = Inputs.of(md.Episode(support, support), None).told()
+    with pytest.raises((TypeError, ValueError)):
+        Inputs.read({**kept, field: value})
+
+
+def test_learners_trained_on_shuffled_examples_are_not_shown_class_after_class(runs: Path, mine: Path) -> None:
+    sequence, pairs = adapt(runs / "snail", mine / "known"), adapt(runs / "protonet", mine / "known")
+    assert pairs.model.support_y.tolist() == [0, 0, 1, 2, 2, 2]
+    assert sequence.model.support_y.tolist() != [0, 0, 1, 2, 2, 2]
+    for x, y in zip(sequence.model.support_x, sequence.model.support_y, strict=True):
+        (place,) = (pairs.model.support_x == x).flatten(1).all(1).nonzero()
+        assert pairs.model.support_y[place] == y  # each keeps its own label
+
+
+def test_prototypes_of_another_number_of_classes_leave_no_class_that_is_not_there(runs: Path, mine: Path) -> None:
+    for count in (2, 3, 6):
+        known = draw(mine / f"known{count}", dict.fromkeys(list(COLOURS)[:count], 2))
+        adapted = adapt(runs / "protomaml", known)
+        assert adapted.model(torch.rand(5, 3, SIDE, SIDE)).shape == (5, count)
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_an_adapted_model_can_be_saved_whole(name: str, runs: Path, mine: Path) -> None:
+    model, x = adapt(runs / name, mine / "known").model, torch.rand(3, 3, SIDE, SIDE)
+    torch.save(model, mine / "model.pt")
+    assert torch.equal(torch.load(mine / "model.pt", weights_only=False)(x), model(x))
+
+
 def test_an_adapted_model_is_a_module_like_any_other(runs: Path, mine: Path) -> None:
     adapted = adapt(runs / "inductive", mine / "known")
     x = torch.rand(3, 3, SIDE, SIDE)
@@ -259,7 +300,7 @@ def test_an_adapted_model_is_a_module_like_any_other(runs: Path, mine: Path) -> 
 
 # --------------------------------------------------------------------------- export
 
-EXPORTED = [name for name in LEARNERS if name != "snail"]
+EXPORTED = list(LEARNERS)
 ALONE = """
 import json, sys
 
@@ -324,8 +365,12 @@ def test_adapted_tensors_by_the_names_of_the_network(runs: Path, mine: Path) -> 
 
 
 def test_a_computation_that_cannot_be_exported_is_told(
-    runs: Path, mine: Path, capsys: pytest.CaptureFixture[str]
+    runs: Path, mine: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def untraceable(self: Scores, x: torch.Tensor) -> torch.Tensor:
+        return self.model(x) * float(x.sum())
+
+    monkeypatch.setattr(Scores, "forward", untraceable)
     words = ["export", runs / "snail", "--support", mine / "known", "--out", mine / "mine.pt2"]
     assert metadist(*words)[0] == 1
     assert "its learner cannot be exported by torch.export" in capsys.readouterr().err

@@ -157,6 +157,10 @@ class Algorithm:
         gradient, (metrics, seen) = self.engine.meta_gradient(self._whole(), meta_params, batch)
         return self.results(meta_params, batch, gradient, metrics, seen)
 
+    def with_ways(self, ways: int) -> Algorithm:
+        """The bound learner for tasks of so many classes; itself, unless it has to be told."""
+        return self
+
     # ----------------------------------------------------------------- what follows from it
 
     def evaluate(self, meta_params: Tensors, batch: EpisodeBatch) -> Tensors:
@@ -229,6 +233,10 @@ class Algorithm:
         with torch.no_grad():
             _, metrics = engine.sum_tasks(one, (params,), (batch.support, batch.query), key="before adaptation")
         return {PRE + k: v for k, v in metrics.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What the engine compiles by is made again where it is needed: functions within functions do not travel.
+        return {k: v for k, v in self.__dict__.items() if k != "_as_one_step"}
 
     def _whole(self) -> InnerProblem:
         """Adaptation as a single step of the engine."""

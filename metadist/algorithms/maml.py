@@ -130,6 +130,10 @@ class MAML(Algorithm):
         self._problems: dict[Any, InnerProblem] = {}
         return super().bind(model, objective, engine)
 
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        return {**state, "_problems": {}} if "_problems" in state else state
+
     def initial_meta_params(self) -> Tensors:
         params = self.model.initial_params()
         like = next(iter(params.values()))

@@ -79,9 +79,9 @@ class MANN(SequenceLearner):
 
     def predict(self, adapted: Any, support: Examples, x: Tensor, *, evaluation: bool = False) -> Tensor:
         """Outputs ``[N, outputs]``, each example the next step of a sequence of its own."""
-        state = {k: v.expand(len(x), *v.shape[1:]) for k, v in adapted["state"].items()}
+        state = {k: v.expand(x.shape[0], *v.shape[1:]) for k, v in adapted["state"].items()}
         features = self.model(adapted["params"], x, reference=support.x, evaluation=evaluation)
-        inputs = torch.cat([features, adapted["label"].expand(len(x), -1)], -1)
+        inputs = torch.cat([features, adapted["label"].expand(x.shape[0], -1)], -1)
         return self.core(adapted["params"], inputs[:, None], state)[0][:, 0]
 
     def predict_unadapted(self, meta_params: Tensors, support: Examples, x: Tensor, *, evaluation: bool) -> Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import nn
 
 from metadist.algorithms.anil import HeadAndBody
+from metadist.algorithms.base import Algorithm
 from metadist.algorithms.heads import class_means, require_classes
 from metadist.episode import Episode, Examples
 from metadist.inner import Tensors
@@ -23,6 +25,8 @@ class ProtoMAML(HeadAndBody):
     Wants whole-number targets and a linear last layer with a bias.
     """
 
+    any_ways = True  # the last layer is made of the support set, and nothing of it is learned
+
     def prepare(self, module: nn.Module, example: Episode) -> nn.Module:
         module = super().prepare(module, example)
         head = module.get_submodule(self._head)
@@ -33,6 +37,13 @@ class ProtoMAML(HeadAndBody):
         require_classes("protomaml", example)
         self._ways = head.out_features
         return module
+
+    def with_ways(self, ways: int) -> Algorithm:
+        if ways == self._ways:
+            return self
+        other = copy.copy(self)  # without the inner loops of another number of classes
+        other._ways = ways
+        return other
 
     def initial_meta_params(self) -> Tensors:
         return {k: v for k, v in super().initial_meta_params().items() if k not in self.model.head_params}

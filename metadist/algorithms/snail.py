@@ -50,7 +50,7 @@ class SNAIL(SequenceLearner):
     def predict(self, adapted: Any, support: Examples, x: Tensor, *, evaluation: bool = False) -> Tensor:
         """Outputs ``[N, outputs]``."""
         last = self._unlabelled(adapted["params"], support, x, evaluation)
-        before = adapted["seen"].expand(len(x), *adapted["seen"].shape)
+        before = adapted["seen"].expand(x.shape[0], *adapted["seen"].shape)
         return self.core(adapted["params"], torch.cat([before, last], 1))[:, -1]
 
     def predict_unadapted(self, meta_params: Tensors, support: Examples, x: Tensor, *, evaluation: bool) -> Tensor:
@@ -60,4 +60,4 @@ class SNAIL(SequenceLearner):
     def _unlabelled(self, params: Tensors, support: Examples, x: Tensor, evaluation: bool) -> Tensor:
         """Examples without labels as sequences of one step, ``[N, 1, inputs]``."""
         features = self.model(params, x, reference=support.x, evaluation=evaluation)
-        return torch.cat([features, features.new_zeros(len(x), self.outputs_of_example)], -1)[:, None]
+        return torch.cat([features, features.new_zeros(x.shape[0], self.outputs_of_example)], -1)[:, None]
