@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -90,7 +91,7 @@ class Jobs:
 
         while True:
             try:
-                asyncio.run(tail())
+                _interruptible(lambda: asyncio.run(tail()))
                 if self.details(job).status.is_terminal():
                     break
             except (OSError, RuntimeError, ClusterError, ClientError) as e:
@@ -139,6 +140,27 @@ class Jobs:
                 mend = f"see `metadist submit status --all --address {self.address}`"
                 raise ClusterError(job, f"is no job of {self.address}", mend) from e
             raise token_refusal(self.address, e) or ClusterError(self.address, f"{failure} ({first_line(e)})") from e
+
+
+def _interruptible(run: Callable[[], None]) -> None:
+    """Calls ``run`` in a thread that dies with the process, so that Ctrl-C ends the wait whatever it is doing.
+
+    To a coroutine Ctrl-C comes as a cancellation, which whoever reads the socket may take for a lost connection.
+    """
+    raised: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            run()
+        except BaseException as e:
+            raised.append(e)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.1)
+    if raised:
+        raise raised[0]
 
 
 def _check_reachable(address: str) -> None:

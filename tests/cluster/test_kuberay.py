@@ -256,7 +256,7 @@ exec bash -c "ulimit -n 4096; ray start --head --block --disable-usage-stats {pa
 @pytest.fixture
 def pod(tmp_path: Path) -> Iterator[dict[str, Any]]:
     """The head's container: Ray started as KubeRay does it, from the manifest, among processes of its own."""
-    from tests.ray.test_submit import free_port
+    from tests.ray.head import free_port
 
     unshare = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
     if subprocess.run([*unshare, "true"], capture_output=True).returncode != 0:

@@ -140,6 +140,10 @@ def test_a_node_that_hangs_is_named_and_the_command_ends(cluster: Head) -> None:
     (raylet,) = raylets(cluster) - before
     os.kill(raylet, signal.SIGSTOP)
     try:
+        for _ in range(100):
+            if state_of(raylet) == "T":
+                break
+            time.sleep(0.05)
         assert state_of(raylet) == "T"
         begun = time.monotonic()
         code, found, said = examined(cluster, "--timeout", "5", "--address", cluster.address)

@@ -30,6 +30,7 @@ from metadist.experiment import Experiment
 from metadist.serving.adapters import AdapterStore
 from metadist.training import train
 from tests.conftest import ROOT
+from tests.ray.head import free_port
 from tests.test_report_in_browser import BROWSER, Browser, devtools  # noqa: F401
 from tests.test_using import COLOURS, SIDE, draw
 
@@ -82,12 +83,6 @@ class Client:
         status, told = self.ask("POST", f"adapters/{adapter}/predict", {"query": query})
         assert status == 200, told
         return [p["probabilities"] for p in told["predictions"]]
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
