@@ -105,7 +105,10 @@ def resume(run_dir: Path, overrides: tuple[str, ...], allow_code: bool) -> None:
 @click.option("--ways", type=click.IntRange(min=2), help="With --data.  [default: as in the config]")
 @click.option("--query-shots", type=click.IntRange(min=1), help="With --data.  [default: as in the config]")
 @click.option("--split", default="test", show_default=True, help="With --data, of each set.")
-@click.option("--baselines/--no-baselines", default=True, help="With --data: also centroids and fine-tuning, or not.")
+@click.option(
+    "--baselines", type=click.Choice(["all", "centroids", "none"]), default="all", show_default=True,
+    help="With --data: what is judged beside the run. Fine-tuning takes long for networks of many parameters.",
+)  # fmt: skip
 @click.option("--picture", type=click.Path(path_type=Path), help="With --data: draw accuracy against shots here (PNG).")
 @code_option
 def evaluate(
@@ -118,7 +121,7 @@ def evaluate(
     ways: int | None,
     query_shots: int | None,
     split: str,
-    baselines: bool,
+    baselines: str,
     picture: Path | None,
     allow_code: bool,
 ) -> None:

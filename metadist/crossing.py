@@ -52,7 +52,7 @@ class Crossing:
         ways, query_shots: of an episode; None: as the run's evaluation has them.
         split: of each set.
         episodes: of each set and number of shots.
-        baselines: whether others than the run are judged.
+        baselines: who is judged beside the run: ``all``, ``centroids`` or ``none``.
         which: checkpoint of the run.
     """
 
@@ -62,7 +62,7 @@ class Crossing:
     query_shots: int | None = None
     split: str = "test"
     episodes: int = 600
-    baselines: bool = True
+    baselines: str = "all"
     which: str = LATEST
     stand_ins: dict[str, Any] = field(default_factory=dict)
 
@@ -92,11 +92,11 @@ def crossed(run_dir: Path, crossing: Crossing) -> list[dict[str, Any]]:
 class _Judged:
     """A learner and what it is compared with."""
 
-    def __init__(self, learner: Algorithm, experiment: Experiment, meta_params: Tensors, baselines: bool) -> None:
+    def __init__(self, learner: Algorithm, experiment: Experiment, meta_params: Tensors, baselines: str) -> None:
         self.learner, self.experiment, self.meta_params = learner, experiment, meta_params
         self.example = experiment.example()
         self.dtype = DTYPES[experiment.config.engine.precision]
-        self.parts = features_of(learner, self.example) if baselines else None
+        self.parts = features_of(learner, self.example) if baselines != "none" else None
         self.baselines = baselines
 
     def on(self, path: Path, shots: int | None, crossing: Crossing) -> Iterator[dict[str, Any]]:
@@ -129,14 +129,15 @@ class _Judged:
                 return learner.evaluate(self.meta_params, batch)[self.learner.objective.metric]
 
         methods: dict[str, _Judge] = {RUN: run}
-        if not self.baselines:
+        if self.baselines == "none":
             return methods
         if self.parts is not None:
             features, names = self.parts
             learned = {k: self.meta_params[k] for k in names if k in self.meta_params}
             begun = {k: v for k, v in self.learner.initial_meta_params().items() if k in learned}
-            methods[TUNED] = lambda batch: _share(fine_tuned(features, learned, batch, ways))
-            methods[SCRATCH] = lambda batch: _share(fine_tuned(features, begun, batch, ways))
+            if self.baselines == "all":
+                methods[TUNED] = lambda batch: _share(fine_tuned(features, learned, batch, ways))
+                methods[SCRATCH] = lambda batch: _share(fine_tuned(features, begun, batch, ways))
             methods[NEAREST] = lambda batch: _share(features_centroid(features, learned, batch, ways))
         if isinstance(source, TextTasks):
             weights = inverse_document_frequency(torch.from_numpy(source.every_text("train")), source.vocabulary)

@@ -109,7 +109,7 @@ def test_a_table_of_several_sets_and_shots(
 
 def test_the_run_is_judged_as_its_own_evaluation_does(world: Path) -> None:
     """On its own test split, without baselines: the learner's evaluation of the same episodes."""
-    (row,) = crossed(world / "pictures", Crossing([world / "grey"], episodes=7, baselines=False))
+    (row,) = crossed(world / "pictures", Crossing([world / "grey"], episodes=7, baselines="none"))
     from metadist.finished import load_learner
 
     learner, _, checkpoint = load_learner(world / "pictures")
@@ -122,11 +122,13 @@ def test_texts_are_compared_by_their_words(world: Path) -> None:
     rows = crossed(world / "texts_run", Crossing([world / "texts"], shots=[2], episodes=10))
     assert [r["method"] for r in rows] == [RUN, TUNED, SCRATCH, NEAREST, WORDS]
     assert rows[-1]["mean"] == 1.0, "each class has a word of its own"
+    fewer = crossed(world / "texts_run", Crossing([world / "texts"], shots=[2], episodes=10, baselines="centroids"))
+    assert fewer == [rows[0], *rows[3:]]
 
 
 def test_any_number_of_ways_where_no_layer_fixes_it(world: Path) -> None:
     for name in ("any_ways", "prototypes"):
-        (row,) = crossed(world / name, Crossing([world / "colour"], ways=5, episodes=4, baselines=False))
+        (row,) = crossed(world / name, Crossing([world / "colour"], ways=5, episodes=4, baselines="none"))
         assert row["ways"] == 5
     with pytest.raises(ConfigError, match=r"--ways: is 5, and the run's network answers with one of 3; leave it out"):
         crossed(world / "pictures", Crossing([world / "colour"], ways=5))

@@ -19,7 +19,8 @@ SCRIPT = ROOT / "tools" / "bench" / "serving.py"
 @pytest.mark.slow
 def test_it_writes_rows_and_tells_what_batching_gains(tmp_path: Path) -> None:
     words = ["--requests", "40", "--clients", "4", "--json", str(tmp_path / "out" / "rows.json")]
-    done = subprocess.run([sys.executable, str(SCRIPT), *words], cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    command = [sys.executable, str(SCRIPT), *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "out" / "rows.json").read_text())["rows"]
     assert [r["what"] for r in rows] == ["adapt, together", "predict, one by one", "predict, together"]
