@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -72,6 +73,8 @@ class Replica:
         self.most_classes = None if learner.any_ways else inputs.classes
         self.apart = learner.model.batchnorm == "transductive"
         self.store = AdapterStore(settings.folder, settings.adapters, settings.expire_s)
+        # A network is called with one adapter's parameters at a time: they are put into it for the call.
+        self._network = threading.Lock()
         self._models: OrderedDict[str, tuple[AdaptedModel, list[str]]] = OrderedDict()
 
     async def __call__(self, request: Request) -> Response:
@@ -169,7 +172,7 @@ class Replica:
             name, xs = asked[places[0]][0], [asked[p][1] for p in places]
             try:
                 model, classes = self._model(name)
-                with torch.no_grad():
+                with self._network, torch.no_grad():
                     scores = model(torch.cat(xs)).split([len(x) for x in xs])
             except Refused as e:
                 scores, classes = [e] * len(places), []  # type: ignore[assignment]
@@ -196,7 +199,8 @@ class Replica:
         return self._models[name]
 
     def _adapted(self, x: Tensor, y: Tensor) -> AdaptedModel:
-        return self.learner.adapt(Examples(x, y)).eval()
+        with self._network:
+            return self.learner.adapt(Examples(x, y)).eval()
 
     def _hold(self, name: str, model: tuple[AdaptedModel, list[str]]) -> None:
         self._models[name] = model
