@@ -197,7 +197,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     axes.set_ylabel("mean absolute error of ten to come", color=INK)
     axes.grid(color=GRID)
     axes.set_axisbelow(True)
-    axes.legend(frameon=False, ncols=2)
+    axes.legend(frameon=False, ncols=6, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     figure.savefig(path, bbox_inches="tight")
 
 
