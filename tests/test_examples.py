@@ -86,6 +86,7 @@ def own_module(tmp_path: Path) -> Path:
 TRAIN_MINE = f"metadist train {CONFIG} algorithm.import_path=mine:Pretrained {' '.join(SMALL)} --run-dir run"
 
 
+@pytest.mark.slow
 def test_a_module_in_the_current_folder_is_found_by_workers(own_module: Path) -> None:
     # A run of two steps may end before its second worker is up.
     done = shell(f"{TRAIN_MINE} runtime.type=ray runtime.workers=2 outer.steps=400", own_module)

@@ -343,7 +343,7 @@ def test_ratings_that_are_wrong(tmp_path: Path, make: Make, where: str, problem:
     ("arrays", "where", "problem", "mend"),
     [
         ({"y": np.array(list("abab"), dtype=object)}, "/a.npz", "holds Python objects", "y=np.array(y.tolist())"),
-        ({"x": np.array([[[print]]] * 4)}, "/a.npz", "holds Python objects", "save it as plain numbers"),
+        ({"x": np.array([[[{}]]] * 4)}, "/a.npz", "holds Python objects", "save it as plain numbers"),
         ({"y": np.array(list("aba"))}, "/a.npz", "3 labels for 4 pictures in x", "give one for each"),
     ],
 )

@@ -28,7 +28,7 @@ def batch(tasks: int) -> EpisodeBatch:
         ("trace", True, False),
         ("trace", False, True),
         ("trace", True, True),
-        (True, False, False),
+        pytest.param(True, False, False, marks=pytest.mark.slow),
         pytest.param(True, True, False, marks=pytest.mark.slow),
         pytest.param(True, False, True, marks=pytest.mark.slow),
         pytest.param(True, True, True, marks=pytest.mark.slow),

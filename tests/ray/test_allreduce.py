@@ -36,6 +36,7 @@ def test_in_order_they_give_the_bits_of_one_process(omniglot_shards, undisturbed
     assert numbers(tmp_path / "run") == undisturbed[1]
 
 
+@pytest.mark.slow
 def test_after_a_death_it_goes_on_from_its_checkpoint_to_the_same_bits(omniglot_shards, undisturbed, tmp_path):
     run_dir = tmp_path / "run"
     with struck(run_dir, 7) as killed:

@@ -54,6 +54,7 @@ def examined(head: Head, *words: str, **variables: str) -> tuple[int, list[dict[
     return done.returncode, json.loads(done.stdout)["checks"], done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_healthy_cluster_has_nothing_to_complain_of(cluster: Head, tmp_path: Path) -> None:
     flags = ["--run-dir", str(tmp_path / "run"), "--address", cluster.url]
     code, found, said = examined(cluster, *SINES, "runtime.workers=2", *flags)

@@ -188,6 +188,7 @@ def test_a_server_lost_in_the_middle_is_restored_to_the_same_bits(
     assert not alive(lost[0])
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_run_that_resumes_to_the_same_bits(omniglot_shards, undisturbed, tmp_path):
     run_dir = tmp_path / "run"
     process = started(omniglot_shards, run_dir, **LOCAL)

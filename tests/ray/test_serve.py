@@ -140,6 +140,7 @@ def close(found: list[dict[str, float]], other: list[dict[str, float]]) -> bool:
     )
 
 
+@pytest.mark.slow
 def test_the_answers_are_the_learners_own_under_load_as_well(server: Client, run_dir: Path, mine: Path) -> None:
     answers = wanted(run_dir, mine)
     few = support_of(mine)[1:]  # another support set, of another size
