@@ -16,10 +16,10 @@ from metadist.data.shards import ShardSet
 from metadist.episode import PADDING, Episode, EpisodeBatch, Examples
 from metadist.errors import DataError
 from metadist.seeding import Rng
-from metadist.tasks.base import TaskSource
+from metadist.tasks.packed import PackedTasks
 
 
-class RatingTasks(TaskSource):
+class RatingTasks(PackedTasks):
     """A task is a user: the support set is the past, the query set the future.
 
     An input is a row of whole numbers: of the item, of its features and of the user's features, as many columns as the
@@ -85,13 +85,6 @@ class RatingTasks(TaskSource):
                 f"ask for at most {most}",
             )
 
-    def split(self, name: str) -> RatingTasks:
-        """The tasks of another split, over the same files and memory."""
-        other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__)
-        other._use(name)
-        return other
-
     def sample(self, rng: Rng) -> Episode:
         """One episode; of ``Rng(seed, stream, e)`` it is episode ``e`` of :meth:`episodes`.
 
@@ -156,10 +149,6 @@ class RatingTasks(TaskSource):
             "vocabulary": self.vocabulary,
             "licence": m.licence,
         }
-
-    def close(self) -> None:
-        """Closes the shards."""
-        self._shards.close()
 
 
 class Table:

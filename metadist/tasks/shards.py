@@ -20,7 +20,7 @@ from metadist.episode import Episode, EpisodeBatch
 from metadist.errors import DataError
 from metadist.seeding import Rng
 from metadist.tasks.augmentation import Augmentation
-from metadist.tasks.base import TaskSource
+from metadist.tasks.packed import PackedTasks
 from metadist.tasks.sequences import arrange, check_choices
 
 ROTATIONS = ("none", "classes", "task")
@@ -64,7 +64,7 @@ class Resident:
         return self._examples[rows]
 
 
-class ShardTasks(TaskSource):
+class ShardTasks(PackedTasks):
     """N-way K-shot tasks over the classes of a shard set.
 
     Args:
@@ -167,13 +167,6 @@ class ShardTasks(TaskSource):
         """Numbers of the blocks of a split's classes."""
         return np.flatnonzero(np.isin(self._shards.index["class"], self._shards.classes_of(split)))
 
-    def split(self, name: str) -> ShardTasks:
-        """The tasks of another split, over the same files and memory."""
-        other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__)
-        other._use(name)
-        return other
-
     def sample(self, rng: Rng) -> Episode:
         """One episode; of ``Rng(seed, stream, e)`` it is episode ``e`` of :meth:`episodes`."""
         words = rng.raw(self.sampler.words_per_episode)[None]
@@ -233,10 +226,6 @@ class ShardTasks(TaskSource):
             "sampler": dict(self.sampler_options),
             "licence": m.licence,
         }
-
-    def close(self) -> None:
-        """Closes the shards."""
-        self._shards.close()
 
 
 def _content_id(whole: str, left_out: Sequence[str]) -> str:

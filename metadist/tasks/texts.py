@@ -17,8 +17,8 @@ from metadist.data.tokens import Tokens
 from metadist.episode import PADDING, Episode, EpisodeBatch, Examples
 from metadist.errors import DataError
 from metadist.seeding import Rng
-from metadist.tasks.base import TaskSource
 from metadist.tasks.outsiders import outsider_rows, with_outsiders
+from metadist.tasks.packed import PackedTasks
 from metadist.tasks.sequences import Labels, Order, arrange, check_choices
 
 
@@ -52,7 +52,7 @@ class TokenStore:
         return self._held[rows].astype(np.int64)
 
 
-class TextTasks(TaskSource):
+class TextTasks(PackedTasks):
     """N-way K-shot tasks over the classes of a shard set of texts.
 
     Args:
@@ -119,13 +119,6 @@ class TextTasks(TaskSource):
             raise DataError("tasks.ways", found, f"ask for at most {len(pool)}")
         self.sampler = UniformSampler(pool, self.ways, self.shots + self.query_shots, False)
         self._strangers = None if self.outsiders_from is None else self._shards.pool(self.outsiders_from)
-
-    def split(self, name: str) -> TextTasks:
-        """The tasks of another split, over the same files and memory."""
-        other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__)
-        other._use(name)
-        return other
 
     def sample(self, rng: Rng) -> Episode:
         """One episode; of ``Rng(seed, stream, e)`` it is episode ``e`` of :meth:`episodes`."""
@@ -208,7 +201,3 @@ class TextTasks(TaskSource):
             "labels": self.labels,
             "licence": m.licence,
         }
-
-    def close(self) -> None:
-        """Closes the shards."""
-        self._shards.close()
