@@ -19,7 +19,7 @@ from metadist.algorithms import Algorithm
 from metadist.api import AdaptedModel, Learner
 from metadist.checkpoint import LATEST
 from metadist.config.schema import TextTasksConfig
-from metadist.data.folders import picture, source_files
+from metadist.data.folders import fitted, picture, source_files
 from metadist.data.sources import IMAGE_SUFFIXES, SourceFile, file_reader
 from metadist.data.tables import read_rows
 from metadist.data.tokens import Tokens
@@ -138,12 +138,18 @@ def adapt(
             f"leave some out, train with tasks.ways={len(classes)}, or train what takes any number, such as protonet",
         )
     y = torch.tensor([classes.index(str(c)) for c in given.classes])
-    learner = learner.with_ways(len(classes))
-    examples = _in_order(learner, Examples(given.x, y))
-    model = Learner(run_dir, learner, checkpoint.meta_params, checkpoint.version).adapt(examples).eval()
+    told = Learner(run_dir, learner, checkpoint.meta_params, checkpoint.version)
+    model = adapted_model(told, Examples(given.x, y), len(classes))
     counts = Counter(str(c) for c in given.classes)
     shots, batchnorm = {c: counts[c] for c in classes}, learner.model.batchnorm
     return Adapted(run_dir, checkpoint.version, classes, shots, model, inputs, batchnorm, tokens)
+
+
+def adapted_model(learner: Learner, support: Examples, ways: int) -> AdaptedModel:
+    """A learner adapted to somebody's examples of ``ways`` classes, which come class after class."""
+    algorithm = learner.algorithm.with_ways(ways)
+    told = Learner(learner.run_dir, algorithm, learner.meta_params, learner.version)
+    return told.adapt(_in_order(algorithm, support)).eval()
 
 
 def _in_order(learner: Algorithm, support: Examples) -> Examples:
@@ -255,18 +261,22 @@ def _pictures(source: Path, inputs: Inputs, labelled: bool) -> Given:
 def _read_pictures(
     files: Sequence[SourceFile], inputs: Inputs, classes: Sequence[str | None], source: Path
 ) -> Given:
-    from PIL import Image, ImageOps
-
     if not files:
         raise DataError(source, "holds no pictures", "give PNG, JPEG, WebP, BMP, GIF or TIFF files")
-    channels, height, width = inputs.x
-    pictures = []
-    for file in files:
-        read = picture(file.read(), file.where, "L" if channels == 1 else "RGB")
-        fitted = ImageOps.fit(read, (width, height), method=Image.Resampling.LANCZOS)
-        pictures.append(np.asarray(fitted, dtype=np.uint8).reshape(height, width, channels).transpose(2, 0, 1))
-    x = torch.from_numpy(np.stack(pictures)).to(torch.float32) / 255
+    x = torch.stack([as_input(file.read(), file.where, inputs) for file in files])
     return Given([str(f.path) for f in files], x, list(classes))
+
+
+def as_input(data: bytes, where: str, inputs: Inputs) -> Tensor:
+    """A picture's file as a run's network takes it, float32 ``[C, H, W]`` in [0, 1]: as ``data pack folder`` fits it.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    channels, height, width = inputs.x
+    read = picture(data, where, "L" if channels == 1 else "RGB")
+    pixels = np.array(fitted(read, (width, height)), dtype=np.uint8).reshape(height, width, channels).transpose(2, 0, 1)
+    return torch.from_numpy(pixels).to(torch.float32) / 255
 
 
 def _texts(source: Path, tokens: Tokens, labelled: bool) -> Given:

@@ -278,6 +278,21 @@ def test_prototypes_of_another_number_of_classes_leave_no_class_that_is_not_ther
         assert adapted.model(torch.rand(5, 3, SIDE, SIDE)).shape == (5, count)
 
 
+@pytest.mark.parametrize("name", ["snail", "protomaml"])
+def test_what_is_served_is_what_adapt_gives(name: str, runs: Path, mine: Path) -> None:
+    pytest.importorskip("starlette", reason="metadist[serve] is not installed")
+    from metadist.adapting import read_examples
+    from metadist.serving.server import Replica, Settings
+
+    known = draw(mine / "more", dict.fromkeys(COLOURS, 2)) if name == "protomaml" else mine / "known"
+    adapted = adapt(runs / name, known)
+    given = read_examples(known, adapted.inputs, None, labelled=True)
+    y = torch.tensor([adapted.classes.index(str(c)) for c in given.classes])
+    served = Replica(Settings(runs / name, mine / "kept"))._adapted(given.x, y, len(adapted.classes))
+    x = torch.rand(5, 3, SIDE, SIDE)
+    assert torch.equal(served(x), adapted.model(x))
+
+
 @pytest.mark.parametrize("name", LEARNERS)
 def test_an_adapted_model_can_be_saved_whole(name: str, runs: Path, mine: Path) -> None:
     model, x = adapt(runs / name, mine / "known").model, torch.rand(3, 3, SIDE, SIDE)

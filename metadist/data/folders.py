@@ -215,11 +215,9 @@ class _Reader:
         return found
 
     def _one(self, file: SourceFile) -> Any:
-        from PIL import Image, ImageOps
-
         image = picture(file.read(), file.where, self.mode)
         if not self.first:
-            return ImageOps.fit(image, self.size or image.size, method=Image.Resampling.LANCZOS)
+            return fitted(image, self.size or image.size)
         if image.size != self.size:
             (width, height), (w, h) = image.size, self.size or (0, 0)
             found = f"is {width} x {height}, but {self.first} is {w} x {h}"
@@ -234,6 +232,13 @@ def picture(data: bytes, where: str, mode: str) -> Any:
         DataError: if it cannot be read.
     """
     return _upright(decode.image(data, where, mode=mode, formats=decode.SOURCE_FORMATS))
+
+
+def fitted(image: Any, size: tuple[int, int]) -> Any:
+    """A picture scaled and cropped about its centre to (width, height)."""
+    from PIL import Image, ImageOps
+
+    return ImageOps.fit(image, size, method=Image.Resampling.LANCZOS)
 
 
 def _upright(image: Any) -> Any:

@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from metadist.data.folders import picture
+from metadist.adapting import as_input
 from metadist.data.tokens import Tokens
 from metadist.errors import DataError
 from metadist.inputs import Inputs
@@ -113,17 +112,11 @@ class Reader:
         return torch.stack([self._picture(e["picture"], f"picture {i}") for i, e in enumerate(examples)])
 
     def _picture(self, text: str, where: str) -> Tensor:
-        from PIL import Image, ImageOps
-
         try:
             data = base64.b64decode(text.rpartition(",")[2], validate=True)  # a data: URL is taken as well
         except binascii.Error:
             raise Refused(400, f"{where} is not base64") from None
-        channels, height, width = self.inputs.x
         try:
-            read = picture(data, where, "L" if channels == 1 else "RGB")
+            return as_input(data, where, self.inputs)
         except DataError as e:
             raise Refused(400, str(e)) from None
-        fitted = ImageOps.fit(read, (width, height), method=Image.Resampling.LANCZOS)
-        pixels = np.asarray(fitted, dtype=np.uint8).reshape(height, width, channels).transpose(2, 0, 1)
-        return torch.from_numpy(pixels.copy()).to(torch.float32) / 255

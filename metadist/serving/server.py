@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from torch import Tensor
 
-from metadist.adapting import reading_of
+from metadist.adapting import adapted_model, reading_of
 from metadist.api import AdaptedModel, Learner
 from metadist.checkpoint import LATEST
 from metadist.episode import Examples
@@ -135,7 +135,7 @@ class Replica:
         x, y, classes = await asyncio.to_thread(self.reader.support, body)
         if self.most_classes is not None and len(classes) > self.most_classes:
             raise Refused(400, f"{len(classes)} classes, and the run's network answers with one of {self.most_classes}")
-        model = await asyncio.to_thread(self._adapted, x, y)
+        model = await asyncio.to_thread(self._adapted, x, y, len(classes))
         kept = await asyncio.to_thread(self.store.put, x, y, classes)
         if kept is None:
             raise Refused(503, f"there are {self.settings.adapters} adapters already; delete one, or come back later")
@@ -194,13 +194,13 @@ class Replica:
             self._models.pop(name, None)
             raise _unknown()
         if name not in self._models:
-            self._hold(name, (self._adapted(stored.x, stored.y), stored.classes))
+            self._hold(name, (self._adapted(stored.x, stored.y, len(stored.classes)), stored.classes))
         self._models.move_to_end(name)
         return self._models[name]
 
-    def _adapted(self, x: Tensor, y: Tensor) -> AdaptedModel:
+    def _adapted(self, x: Tensor, y: Tensor, ways: int) -> AdaptedModel:
         with self._network:
-            return self.learner.adapt(Examples(x, y)).eval()
+            return adapted_model(self.learner, Examples(x, y), ways)
 
     def _hold(self, name: str, model: tuple[AdaptedModel, list[str]]) -> None:
         self._models[name] = model
