@@ -27,7 +27,7 @@ from metadist.data.tolerance import Tolerance
 from metadist.episode import Examples
 from metadist.errors import ConfigError, DataError
 from metadist.experiment import Experiment
-from metadist.files import write_atomically
+from metadist.files import write_for_a_person
 from metadist.finished import load_learner
 from metadist.inputs import Inputs
 from metadist.seeding import Rng
@@ -211,7 +211,7 @@ def write(path: Path, adapted: Adapted, predictions: Sequence[Prediction]) -> No
         DataError: the suffix is neither.
     """
     if path.suffix.lower() == ".json":
-        write_atomically(path, json.dumps(as_json(adapted, predictions), indent=1) + "\n")
+        write_for_a_person(path, json.dumps(as_json(adapted, predictions), indent=1) + "\n")
         return
     if path.suffix.lower() != ".csv":
         raise DataError(path, f"ends in {path.suffix!r}", "write to a name that ends in .csv or .json")
@@ -219,7 +219,7 @@ def write(path: Path, adapted: Adapted, predictions: Sequence[Prediction]) -> No
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["name", "class", *(f"p({c})" for c in adapted.classes)])
     table.writerows([p.name, p.klass, *(f"{v:.6f}" for v in p.probabilities.values())] for p in predictions)
-    write_atomically(path, text.getvalue())
+    write_for_a_person(path, text.getvalue())
 
 
 # --------------------------------------------------------------------------- reading
@@ -258,9 +258,7 @@ def _pictures(source: Path, inputs: Inputs, labelled: bool) -> Given:
         return _read_pictures(files, inputs, classes, source)
 
 
-def _read_pictures(
-    files: Sequence[SourceFile], inputs: Inputs, classes: Sequence[str | None], source: Path
-) -> Given:
+def _read_pictures(files: Sequence[SourceFile], inputs: Inputs, classes: Sequence[str | None], source: Path) -> Given:
     if not files:
         raise DataError(source, "holds no pictures", "give PNG, JPEG, WebP, BMP, GIF or TIFF files")
     x = torch.stack([as_input(file.read(), file.where, inputs) for file in files])

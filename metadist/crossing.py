@@ -122,7 +122,7 @@ class _Judged:
 
     def _methods(self, ways: int, source: TaskSource) -> dict[str, _Judge]:
         """The accuracy of each method, ``[T]``, on T episodes."""
-        learner = self.learner.with_ways(ways) if self.learner.any_ways else self.learner
+        learner = self.learner.with_ways(ways)
 
         def run(batch: EpisodeBatch) -> Tensor:
             with torch.no_grad():

@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 
 from metadist.data import ShardSet, UniformSampler
 from metadist.data.samplers import Ints
-from metadist.errors import DataError
-from metadist.files import write_atomically
+from metadist.files import write_for_a_person
 from metadist.report_page import HEAD
 from metadist.seeding import Rng
 
@@ -163,10 +162,7 @@ def write_data_page(path: Path, to: Path) -> Path:
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(_PAGE).render(**_Described(ShardSet(path)).contents())
-    try:
-        write_atomically(to, page)
-    except OSError as e:
-        raise DataError(to, f"cannot be written ({e.strerror or e})", "choose another file") from None
+    write_for_a_person(to, page)
     return to
 
 

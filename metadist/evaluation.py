@@ -48,17 +48,17 @@ def summarise(metrics: Mapping[str, np.ndarray], metric: str, split: str, batchn
         with which confidence tells them from the others.
     """
     by_step = _by_step(metrics, metric)
-    also = {k.removeprefix(ALSO): _interval(v) for k, v in metrics.items() if k.startswith(ALSO)}
-    by_instance = {k.removeprefix(INSTANCE): _interval(v) for k, v in metrics.items() if k.startswith(INSTANCE)}
+    also = {k.removeprefix(ALSO): interval_of(v) for k, v in metrics.items() if k.startswith(ALSO)}
+    by_instance = {k.removeprefix(INSTANCE): interval_of(v) for k, v in metrics.items() if k.startswith(INSTANCE)}
     return {
         "split": split,
         "episodes": len(metrics[metric]),
         "metric": metric,
         "pre_adaptation": float(metrics[PRE + metric].mean()) if PRE + metric in metrics else None,
-        **_interval(metrics[metric]),
+        **interval_of(metrics[metric]),
         "batchnorm": batchnorm,
         **({"also": also} if also else {}),
-        **({"outsiders": _interval(metrics[OUTSIDERS])} if OUTSIDERS in metrics else {}),
+        **({"outsiders": interval_of(metrics[OUTSIDERS])} if OUTSIDERS in metrics else {}),
         **({"by_instance": by_instance} if by_instance else {}),
         **({"by_step": by_step} if by_step else {}),
     }
@@ -77,8 +77,8 @@ def _by_step(metrics: Mapping[str, np.ndarray], metric: str) -> dict[str, dict[s
     }
 
 
-def _interval(values: np.ndarray) -> dict[str, float]:
-    """Mean and half width of the 95 % interval."""
+def interval_of(values: np.ndarray) -> dict[str, float]:
+    """``mean`` and ``ci95``, half the width of the normal 95 % interval, of values ``[episodes]``."""
     n = len(values)
     ci95 = 1.96 * float(values.std(ddof=1)) / math.sqrt(n) if n > 1 else math.nan
     return {"mean": float(values.mean()), "ci95": ci95}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
-import os
-import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from metadist.adapting import Adapted
 from metadist.errors import DataError
-from metadist.files import write_atomically
+from metadist.files import write_for_a_person
 
 SCHEMA = "metadist.adapted/1"
 DESCRIPTION = "metadist.json"
@@ -71,16 +71,17 @@ def to_torch_export(adapted: Adapted, path: Path) -> None:
     for p in module.parameters():
         p.requires_grad_(False)
     try:
-        with torch.no_grad(), warnings.catch_warnings(), _quiet():
-            warnings.simplefilter("ignore")
+        with torch.no_grad(), _quiet():
             program = torch.export.export(module, (two,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
     except Exception as e:  # of dynamo, of shapes, of operators: each has errors of its own
         first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         told = f"its learner cannot be exported by torch.export ({first})"
         raise DataError(adapted.run_dir, told, "use --format safetensors") from e
     told = json.dumps(described(adapted), indent=1)
-    _beside(path, lambda to: torch.export.save(program, to, extra_files={DESCRIPTION: told}))
-    write_atomically(path.with_suffix(".json"), told + "\n")
+    held = io.BytesIO()
+    torch.export.save(program, held, extra_files={DESCRIPTION: told})
+    write_for_a_person(path, held.getvalue())
+    write_for_a_person(path.with_suffix(".json"), told + "\n")
 
 
 def to_safetensors(adapted: Adapted, path: Path) -> None:
@@ -94,33 +95,22 @@ def to_safetensors(adapted: Adapted, path: Path) -> None:
         raise DataError(path, f"ends in {path.suffix!r}", "write to a name that ends in .safetensors")
     tensors = {name: value.detach().contiguous() for name, value in adapted.model.named_values().items()}
     told = {**described(adapted), "tensors": {name: list(t.shape) for name, t in tensors.items()}}
-    write_atomically(path, save(tensors, metadata={"metadist": json.dumps(described(adapted))}))
-    write_atomically(path.with_suffix(".json"), json.dumps(told, indent=1) + "\n")
+    write_for_a_person(path, save(tensors, metadata={"metadist": json.dumps(described(adapted))}))
+    write_for_a_person(path.with_suffix(".json"), json.dumps(told, indent=1) + "\n")
 
 
 FORMATS: dict[str, Callable[[Adapted, Path], None]] = {"torch-export": to_torch_export, "safetensors": to_safetensors}
 
 
-def _beside(path: Path, save: Callable[[str], None]) -> None:
-    """Saves under another name and renames: a file is whole or absent."""
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch.export logs and warns of."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
-            made = os.path.join(folder, path.name)
-            save(made)
-            os.replace(made, path)
-    except OSError as e:
-        raise DataError(path, f"cannot be written ({e})", "name a folder that is there and has room") from None
-
-
-class _quiet:
-    """Without what torch.export logs of its own."""
-
-    def __enter__(self) -> None:
-        self.logger = logging.getLogger("torch")
-        self.level = self.logger.level
-        self.logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *rest: object) -> None:
-        self.logger.setLevel(self.level)
-
-
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from metadist.files import write_atomically
+from metadist.files import write_atomically, write_for_a_person
 from metadist.tracking.jsonl import EVALUATIONS, METRICS, read_lines
 
 if TYPE_CHECKING:
@@ -87,6 +87,9 @@ def draw_by_shots(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     Args:
         rows: of :func:`metadist.crossing.crossed`.
         path: the PNG to write.
+
+    Raises:
+        DataError: it cannot be written.
     """
     sets = list(dict.fromkeys((row["data"], row["name"]) for row in rows))
     methods = list(dict.fromkeys(row["method"] for row in rows))
@@ -107,7 +110,7 @@ def draw_by_shots(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.set(title=name, xlabel="shots", ylabel=str(rows[0]["metric"]).replace("_", " ") if panel == 0 else "")
         if panel == 0:
             axes.legend(frameon=False, fontsize=8)
-    write_atomically(path, _png(figure))
+    write_for_a_person(path, _png(figure))
 
 
 def episode_pictures(batch: EpisodeBatch, before: Tensor, after: Tensor) -> list[bytes]:

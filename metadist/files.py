@@ -9,6 +9,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from metadist.errors import DataError
+
 
 def write_atomically(path: Path, data: bytes | str) -> None:
     """Writes ``data`` beside ``path``, syncs it and renames it in one step."""
@@ -26,6 +28,18 @@ def write_atomically(path: Path, data: bytes | str) -> None:
             os.unlink(name)
         raise
     sync_directory(path.parent)
+
+
+def write_for_a_person(path: Path, data: bytes | str) -> None:
+    """As :func:`write_atomically`, for a file that somebody has named.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    try:
+        write_atomically(path, data)
+    except OSError as e:
+        raise DataError(path, f"cannot be written ({e.strerror or e})", "choose another file") from None
 
 
 @contextlib.contextmanager

@@ -11,6 +11,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.browser import devtools  # noqa: F401
+
 # A first call may build or trace something, and machines are busy.
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")

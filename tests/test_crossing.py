@@ -155,6 +155,15 @@ def test_options_of_other_data_need_other_data(world: Path, capsys: pytest.Captu
     assert stopped.value.code == 2 and "--shots goes with --data" in capsys.readouterr().err
 
 
+def test_a_picture_that_cannot_be_drawn_is_told(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--data", world / "grey", "--episodes", 2, "--baselines", "none", "--picture", tmp_path / "no" / "p.png"]
+    with pytest.raises(SystemExit) as stopped:
+        main([str(w) for w in ["evaluate", world / "pictures", *words]])
+    assert stopped.value.code == 1 and "p.png: cannot be written" in capsys.readouterr().err
+
+
 def test_runs_without_classes_are_refused(world: Path, tmp_path: Path) -> None:
     sines = {"tasks": {"type": "sinusoid"}, "model": {"type": "mlp"}, "algorithm": {"type": "maml"}, **SMALL}
     train(Experiment(validate(sines, "the test")), tmp_path / "sines")

@@ -1,32 +1,20 @@
-"""The report as a phone shows it: headless Chromium, driven by the DevTools protocol."""
+"""The report as a phone shows it."""
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
-import os
-import shutil
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from metadist.cli import main
+from tests.browser import WIDTH, needs_browser, opened
 from tests.conftest import ROOT
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-WIDTH, HEIGHT = 390, 844
-FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-    "--disable-dev-shm-usage", "--remote-debugging-port=0",
-]  # fmt: skip
 LOOK = """JSON.stringify({
   pictures: [...document.images].map(i => [i.complete, i.naturalWidth, i.getBoundingClientRect().width]),
   width: document.documentElement.scrollWidth,
@@ -37,7 +25,7 @@ LOOK = """JSON.stringify({
     / document.querySelector('.bar').getBoundingClientRect().width,
 })"""
 
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium here (apt-get install chromium)")
+pytestmark = needs_browser
 
 
 @pytest.fixture(scope="module")
@@ -52,86 +40,16 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir / "report.html"
 
 
-class Browser:
-    """One page of a browser.
-
-    Args:
-        socket: of its DevTools.
-
-    ``complaints`` are errors and warnings that the page has given rise to.
-    """
-
-    def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
-        self._socket, self._numbers = socket, itertools.count(1)
-        self.complaints: list[Any] = []
-        self._events: list[str] = []
-
-    async def ask(self, method: str, **params: Any) -> dict[str, Any]:
-        number = next(self._numbers)
-        await self._socket.send_json({"id": number, "method": method, "params": params})
-        while (told := await self._next()).get("id") != number:
-            pass
-        assert "error" not in told, told
-        return dict(told["result"])
-
-    async def wait_for(self, event: str) -> None:
-        while event not in self._events:
-            await self._next()
-
-    async def _next(self) -> dict[str, Any]:
-        told = json.loads(await self._socket.receive_str(timeout=60))
-        kind, params = told.get("method", ""), told.get("params", {})
-        self._events.append(kind)
-        level = params.get("entry", {}).get("level") or params.get("type")
-        if kind == "Runtime.exceptionThrown" or (
-            kind in ("Log.entryAdded", "Runtime.consoleAPICalled") and level in ("error", "warning", "assert")
-        ):
-            self.complaints.append(params)
-        return dict(told)
-
-
-@pytest.fixture
-def devtools(tmp_path: Path) -> Iterator[str]:
-    """The address of a browser's DevTools, with nobody's profile."""
-    assert BROWSER is not None
-    profile = tmp_path / "profile"
-    process = subprocess.Popen(
-        [BROWSER, *FLAGS, f"--user-data-dir={profile}", "about:blank"],
-        stderr=subprocess.PIPE, text=True, env={**os.environ, "HOME": str(tmp_path)},
-    )  # fmt: skip
-    try:
-        assert process.stderr is not None
-        line = next((line for line in process.stderr if "DevTools listening on" in line), "")
-        assert line, "the browser did not start"
-        yield line.split()[-1].split("/")[2]
-    finally:
-        process.terminate()
-        process.wait(timeout=30)
-
-
 async def _seen(address: str, page: Path, dark: bool, picture: Path) -> tuple[dict[str, Any], list[Any]]:
-    async with aiohttp.ClientSession() as session:
-        async with session.get(f"http://{address}/json/list") as answer:
-            (tab,) = [t for t in await answer.json() if t["type"] == "page"]
-        async with session.ws_connect(tab["webSocketDebuggerUrl"], max_msg_size=1 << 28) as socket:
-            browser = Browser(socket)
-            for domain in ("Page", "Runtime", "Log", "Network"):
-                await browser.ask(f"{domain}.enable")
-            await browser.ask(
-                "Emulation.setDeviceMetricsOverride", width=WIDTH, height=HEIGHT, deviceScaleFactor=2, mobile=True
-            )
-            theme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-            await browser.ask("Emulation.setEmulatedMedia", features=[theme])
-            await browser.ask("Page.navigate", url=page.as_uri())
-            await browser.wait_for("Page.loadEventFired")
-            opened = "document.querySelectorAll('details').forEach(d => d.open = true)"
-            await browser.ask("Runtime.evaluate", expression=opened)
-            decoded = "Promise.all([...document.images].map(i => i.decode()))"
-            await browser.ask("Runtime.evaluate", expression=decoded, awaitPromise=True)
-            found = await browser.ask("Runtime.evaluate", expression=LOOK)
-            shot = await browser.ask("Page.captureScreenshot", captureBeyondViewport=True)
-            picture.write_text(shot["data"])
-            return json.loads(found["result"]["value"]), browser.complaints
+    async with opened(address, page.as_uri(), dark) as browser:
+        unfold = "document.querySelectorAll('details').forEach(d => d.open = true)"
+        await browser.ask("Runtime.evaluate", expression=unfold)
+        decoded = "Promise.all([...document.images].map(i => i.decode()))"
+        await browser.ask("Runtime.evaluate", expression=decoded, awaitPromise=True)
+        found = await browser.ask("Runtime.evaluate", expression=LOOK)
+        shot = await browser.ask("Page.captureScreenshot", captureBeyondViewport=True)
+        picture.write_text(shot["data"])
+        return json.loads(found["result"]["value"]), browser.complaints
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["by day", "by night"])

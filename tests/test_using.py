@@ -405,4 +405,8 @@ def test_nothing_half_written_stays(runs: Path, mine: Path, capsys: pytest.Captu
     out = mine / "nowhere" / "mine.pt2"
     assert metadist("export", runs / "inductive", "--support", mine / "known", "--out", out)[0] == 1
     assert "cannot be written" in capsys.readouterr().err and not out.parent.exists()
+    for words in (["export", "--format", "safetensors", "--out", mine / "nowhere" / "mine.safetensors"],
+                  ["adapt", "--query", mine / "unknown", "--out", mine / "nowhere" / "a.csv"]):  # fmt: skip
+        assert metadist(words[0], runs / "inductive", "--support", mine / "known", *words[1:])[0] == 1
+        assert "cannot be written" in capsys.readouterr().err and not out.parent.exists()
     assert predict(adapt(runs / "inductive", mine / "known"), mine / "unknown")

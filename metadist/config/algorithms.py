@@ -16,13 +16,14 @@ Loss = Annotated[
         "package.module:function(output, target)",
     ),
 ]
+Metric = Literal["accuracy", "auc", "mean_squared_error", "mean_absolute_error", "ndcg"]
 
 
 class Judged(Section):
     """Fields of every learner."""
 
     loss: Loss = "auto"
-    metric: Literal["auto", "accuracy", "auc", "mean_squared_error", "mean_absolute_error", "ndcg"] = Field(
+    metric: Literal["auto"] | Metric = Field(
         "auto", description="what tasks are judged by; auto: what goes with the loss"
     )
 

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from pydantic import ByteSize, Discriminator, Field, Tag, field_validator, model_validator
 
-from metadist.config.algorithms import AlgorithmConfig
+from metadist.config.algorithms import AlgorithmConfig, Metric
 from metadist.config.section import CustomConfig, Fraction, Natural, Positive, PythonConfig, Rate, Section
 
 # --------------------------------------------------------------------------- tasks
@@ -466,9 +466,7 @@ class EvaluationConfig(Section):
     ways: Annotated[int, Field(ge=2)] | None = Field(None, description="classes of an episode; null: as in training")
     shots: Positive | None = Field(None, description="support examples a class; null: as in training")
     query_shots: Positive | None = Field(None, description="query examples a class; null: as in training")
-    also: tuple[Literal["accuracy", "auc", "mean_squared_error", "mean_absolute_error", "ndcg"], ...] = Field(
-        (), description="metrics that are reported beside the task's own"
-    )
+    also: tuple[Metric, ...] = Field((), description="metrics that are reported beside the task's own")
     outsiders: Natural = Field(
         0,
         description="query examples that belong to no class of an episode, to be answered with none of these: reported "

@@ -109,13 +109,18 @@ def draining_nodes() -> set[str]:
     return set(state.get_draining_nodes())
 
 
+def free_by_node() -> dict[str, dict[str, float]]:
+    """What of its resources each node has left, by its id."""
+    # Ray's public figure is the sum over all nodes, in which the remains of two nodes look like room on one.
+    from ray._private.state import available_resources_per_node
+
+    return dict(available_resources_per_node())
+
+
 def room_for_workers(cpus: float, gpus: float, draining: set[str]) -> int:
     """How many more workers with so many CPUs and GPUs each could begin now, on nodes that stay."""
-    # Ray's public figure is the sum over all nodes, in which the remains of two nodes look like room on one.
-    from ray._private.state import state
-
     wanted = {name: amount for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount}
-    free = [left for node, left in state.available_resources_per_node().items() if node not in draining]
+    free = [left for node, left in free_by_node().items() if node not in draining]
     return sum(min(int(left.get(name, 0.0) / amount) for name, amount in wanted.items()) for left in free)
 
 

@@ -18,6 +18,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from metadist.errors import first_line
+from metadist.runtime.cluster import free_by_node
 
 
 @ray.remote(num_cpus=0, max_restarts=0)
@@ -156,10 +157,8 @@ class ClusterNodes:
 
 def living_nodes() -> dict[str, Node]:
     """The nodes that Ray takes to live, by id."""
-    from ray._private.state import available_resources_per_node
-
     alive = [n for n in ray.nodes() if n["Alive"]]
-    free, hosts = available_resources_per_node(), [n["NodeManagerHostname"] for n in alive]
+    free, hosts = free_by_node(), [n["NodeManagerHostname"] for n in alive]
     found = {}
     for node in alive:
         key, host, all_of = node["NodeID"], node["NodeManagerHostname"], node["Resources"]

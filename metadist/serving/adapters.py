@@ -6,18 +6,18 @@ never seen an id finds it all the same. What is made of it is a function of the 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import secrets
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from metadist.files import write_atomically
@@ -58,8 +58,7 @@ class AdapterStore:
 
     def put(self, x: Tensor, y: Tensor, classes: list[str]) -> tuple[str, float] | None:
         """Keeps a support set; its id, which cannot be guessed, and when it expires. None if there is no room."""
-        self.sweep()
-        if sum(1 for _ in self._files()) >= self.most:
+        if self.sweep() >= self.most:
             return None
         name, expires = secrets.token_urlsafe(16), time.time() + self.expire_s
         told = {"classes": json.dumps(classes), "expires": repr(expires)}
@@ -71,16 +70,17 @@ class AdapterStore:
         if not _ID.fullmatch(name):
             return None
         try:
-            data = self._path(name).read_bytes()
-            size = int.from_bytes(data[:8], "little")
-            told = json.loads(data[8 : 8 + size])["__metadata__"]
-            tensors = load(data)
+            with safe_open(self._path(name), "pt") as file:
+                told = file.metadata() or {}
+                x, y = file.get_tensor("x"), file.get_tensor("y").to(torch.int64)
+            stored = Stored(x, y, json.loads(told["classes"]), float(told["expires"]))
         except (OSError, ValueError, KeyError, SafetensorError):
             return None
-        expires = float(told["expires"])
-        if expires < time.time():
-            return None
-        return Stored(tensors["x"], tensors["y"].to(torch.int64), json.loads(told["classes"]), expires)
+        return stored if stored.expires >= time.time() else None
+
+    def holds(self, name: str) -> bool:
+        """Whether an id that was given out has not been removed."""
+        return bool(_ID.fullmatch(name)) and self._path(name).exists()
 
     def remove(self, name: str) -> bool:
         """Forgets one; False if there was none."""
@@ -92,16 +92,17 @@ class AdapterStore:
             return False
         return True
 
-    def sweep(self) -> None:
-        """Removes what has expired."""
-        before = time.time() - self.expire_s
-        for file in self._files():
-            if file.stat().st_mtime < before:
-                self.remove(file.name.removesuffix(_SUFFIX))
-
-    def _files(self) -> Iterator[os.DirEntry[str]]:
+    def sweep(self) -> int:
+        """Removes what has expired; how many are left."""
+        before, left = time.time() - self.expire_s, 0
         with os.scandir(self.folder) as entries:
-            yield from (e for e in entries if e.name.endswith(_SUFFIX))
+            for file in (e for e in entries if e.name.endswith(_SUFFIX)):
+                with contextlib.suppress(FileNotFoundError):  # another replica has just removed it
+                    if file.stat().st_mtime < before:
+                        os.unlink(file)
+                    else:
+                        left += 1
+        return left
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}{_SUFFIX}"

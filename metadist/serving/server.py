@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import os
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -58,6 +59,15 @@ class Settings:
     code: bool = False
 
 
+@dataclass(frozen=True)
+class _Held:
+    """An adapted learner in memory, and when it is no longer answered for, in seconds since 1970."""
+
+    model: AdaptedModel
+    classes: list[str]
+    expires: float
+
+
 class Replica:
     """Answers requests; see :mod:`metadist.cli_serve` for the routes."""
 
@@ -75,7 +85,7 @@ class Replica:
         self.store = AdapterStore(settings.folder, settings.adapters, settings.expire_s)
         # A network is called with one adapter's parameters at a time: they are put into it for the call.
         self._network = threading.Lock()
-        self._models: OrderedDict[str, tuple[AdaptedModel, list[str]]] = OrderedDict()
+        self._models: OrderedDict[str, _Held] = OrderedDict()
 
     async def __call__(self, request: Request) -> Response:
         try:
@@ -140,7 +150,7 @@ class Replica:
         if kept is None:
             raise Refused(503, f"there are {self.settings.adapters} adapters already; delete one, or come back later")
         name, expires = kept
-        self._hold(name, (model, classes))
+        self._hold(name, _Held(model, classes, expires))
         until = datetime.fromtimestamp(expires, UTC).isoformat(timespec="seconds")
         counts = {c: int((y == i).sum()) for i, c in enumerate(classes)}
         return JSONResponse({"adapter": name, "classes": counts, "expires": until}, 201)
@@ -171,9 +181,9 @@ class Replica:
         for places in groups.values():
             name, xs = asked[places[0]][0], [asked[p][1] for p in places]
             try:
-                model, classes = self._model(name)
+                held = self._model(name)
                 with self._network, torch.no_grad():
-                    scores = model(torch.cat(xs)).split([len(x) for x in xs])
+                    scores, classes = held.model(torch.cat(xs)).split([len(x) for x in xs]), held.classes
             except Refused as e:
                 scores, classes = [e] * len(places), []  # type: ignore[assignment]
             except ValueError:
@@ -183,27 +193,32 @@ class Replica:
                 answers[place] = score if isinstance(score, Refused) else (score, classes)
         return answers
 
-    def _model(self, name: str) -> tuple[AdaptedModel, list[str]]:
+    def _model(self, name: str) -> _Held:
         """The adapted learner of an id, made again where this replica does not hold it.
 
         Raises:
             Refused: there is none, or it has expired.
         """
-        stored = self.store.get(name)
-        if stored is None:
+        held = self._models.get(name)
+        if held is None:
+            stored = self.store.get(name)
+            if stored is None:
+                raise _unknown()
+            model = self._adapted(stored.x, stored.y, len(stored.classes))
+            held = _Held(model, stored.classes, stored.expires)
+            self._hold(name, held)
+        elif held.expires < time.time() or not self.store.holds(name):  # another replica may have forgotten it
             self._models.pop(name, None)
             raise _unknown()
-        if name not in self._models:
-            self._hold(name, (self._adapted(stored.x, stored.y, len(stored.classes)), stored.classes))
         self._models.move_to_end(name)
-        return self._models[name]
+        return held
 
     def _adapted(self, x: Tensor, y: Tensor, ways: int) -> AdaptedModel:
         with self._network:
             return adapted_model(self.learner, Examples(x, y), ways)
 
-    def _hold(self, name: str, model: tuple[AdaptedModel, list[str]]) -> None:
-        self._models[name] = model
+    def _hold(self, name: str, held: _Held) -> None:
+        self._models[name] = held
         while len(self._models) > _MODELS_HELD:
             self._models.popitem(last=False)
 

@@ -5,7 +5,19 @@ from __future__ import annotations
 from typing import Self
 
 from metadist.data.shards import ShardSet
+from metadist.errors import DataError
 from metadist.tasks.base import TaskSource
+
+
+def check_sizes(**sizes: int) -> None:
+    """Fails where a size of an episode is below 1.
+
+    Raises:
+        DataError: it names the field of ``tasks``.
+    """
+    for name, size in sizes.items():
+        if size < 1:
+            raise DataError(f"tasks.{name}", f"{size} is too few", "it must be at least 1")
 
 
 class PackedTasks(TaskSource):

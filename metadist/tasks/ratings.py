@@ -16,7 +16,7 @@ from metadist.data.shards import ShardSet
 from metadist.episode import PADDING, Episode, EpisodeBatch, Examples
 from metadist.errors import DataError
 from metadist.seeding import Rng
-from metadist.tasks.packed import PackedTasks
+from metadist.tasks.packed import PackedTasks, check_sizes
 
 
 class RatingTasks(PackedTasks):
@@ -54,9 +54,7 @@ class RatingTasks(PackedTasks):
         items: bool = True,
         least: int | None = None,
     ) -> None:
-        for name, value in (("shots", shots), ("query_shots", query_shots)):
-            if value < 1:
-                raise DataError(f"tasks.{name}", f"{value} is too few", "it must be at least 1")
+        check_sizes(shots=shots, query_shots=query_shots)
         self.path, self.shots, self.query_shots = os.fspath(path), shots, query_shots
         self.train_split, self.items = train_split, items
         self.least = max(least or 0, shots + query_shots)

@@ -20,7 +20,7 @@ from metadist.episode import Episode, EpisodeBatch
 from metadist.errors import DataError
 from metadist.seeding import Rng
 from metadist.tasks.augmentation import Augmentation
-from metadist.tasks.packed import PackedTasks
+from metadist.tasks.packed import PackedTasks, check_sizes
 from metadist.tasks.sequences import arrange, check_choices
 
 ROTATIONS = ("none", "classes", "task")
@@ -108,9 +108,7 @@ class ShardTasks(PackedTasks):
         self.augmentation, self._augmented_split = Augmentation.of(augmentation), split
         self.order, self.labels = order, labels
         self.path = os.fspath(path)
-        for name, value in (("ways", ways), ("shots", shots), ("query_shots", query_shots)):
-            if value < 1:
-                raise DataError(f"tasks.{name}", f"{value} is too few", "it must be at least 1")
+        check_sizes(ways=ways, shots=shots, query_shots=query_shots)
         if rotations not in ROTATIONS:
             raise DataError("tasks.rotations", f"{rotations!r} is none of {', '.join(ROTATIONS)}")
         if resident not in (True, False, "auto"):

@@ -18,7 +18,7 @@ from metadist.episode import PADDING, Episode, EpisodeBatch, Examples
 from metadist.errors import DataError
 from metadist.seeding import Rng
 from metadist.tasks.outsiders import outsider_rows, with_outsiders
-from metadist.tasks.packed import PackedTasks
+from metadist.tasks.packed import PackedTasks, check_sizes
 from metadist.tasks.sequences import Labels, Order, arrange, check_choices
 
 
@@ -92,9 +92,7 @@ class TextTasks(PackedTasks):
         check_choices(order, labels)
         if outsiders and labels != "index":
             raise DataError("evaluation.outsiders", "have no name among labels of letters", "use tasks.labels: index")
-        for name, value in (("ways", ways), ("shots", shots), ("query_shots", query_shots)):
-            if value < 1:
-                raise DataError(f"tasks.{name}", f"{value} is too few", "it must be at least 1")
+        check_sizes(ways=ways, shots=shots, query_shots=query_shots)
         self.path, self.order, self.labels = os.fspath(path), order, labels
         self.ways, self.shots, self.query_shots = ways, shots, query_shots
         self.outsiders, self.outsiders_from = outsiders, outsiders_from

@@ -29,9 +29,9 @@ from metadist.data import pack_folder
 from metadist.experiment import Experiment
 from metadist.serving.adapters import AdapterStore
 from metadist.training import train
+from tests.browser import WIDTH, needs_browser, opened
 from tests.conftest import ROOT
 from tests.ray.head import free_port
-from tests.test_report_in_browser import BROWSER, Browser, devtools  # noqa: F401
 from tests.test_using import COLOURS, SIDE, draw
 
 TOKEN, MOST_ADAPTERS, MOST_BYTES, MOST_EXAMPLES = "a" * 20, 40, 200_000, 30
@@ -269,26 +269,13 @@ DRIVE = """(async () => {
 
 
 async def _driven(address: str, url: str, script: str) -> tuple[dict[str, Any], list[Any]]:
-    import aiohttp
-
-    async with aiohttp.ClientSession() as session:
-        async with session.get(f"http://{address}/json/list") as answer:
-            (tab,) = [t for t in await answer.json() if t["type"] == "page"]
-        async with session.ws_connect(tab["webSocketDebuggerUrl"], max_msg_size=1 << 28) as ws:
-            browser = Browser(ws)
-            for domain in ("Page", "Runtime", "Log", "Network"):
-                await browser.ask(f"{domain}.enable")
-            await browser.ask(
-                "Emulation.setDeviceMetricsOverride", width=390, height=844, deviceScaleFactor=1, mobile=True
-            )
-            await browser.ask("Page.navigate", url=url)
-            await browser.wait_for("Page.loadEventFired")
-            told = await browser.ask("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
-            return json.loads(told["result"]["value"]), browser.complaints
+    async with opened(address, url) as browser:
+        told = await browser.ask("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        return json.loads(told["result"]["value"]), browser.complaints
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium here (apt-get install chromium)")
-def test_the_page_teaches_and_asks(server: Client, run_dir: Path, mine: Path, devtools: str) -> None:  # noqa: F811
+@needs_browser
+def test_the_page_teaches_and_asks(server: Client, run_dir: Path, mine: Path, devtools: str) -> None:
     known: dict[str, list[str]] = {}
     for example in support_of(mine):
         known.setdefault(example["class"], []).append(example["picture"])
@@ -300,7 +287,7 @@ def test_the_page_teaches_and_asks(server: Client, run_dir: Path, mine: Path, de
     shown = {name: share for name, _, share in seen["bars"]}
     assert shown == {name: f"{100 * p:.1f} %" for name, p in answer.items()}
     shares = [float(share.removesuffix(" %")) for *_, share in seen["bars"]]
-    assert shares == sorted(shares, reverse=True) and seen["wide"] <= 390
+    assert shares == sorted(shares, reverse=True) and seen["wide"] <= WIDTH
 
 
 # --------------------------------------------------------------------------- without a server

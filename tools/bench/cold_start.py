@@ -37,11 +37,12 @@ import metadist as md  # noqa: E402
 from metadist.config import load_config  # noqa: E402
 from metadist.data import load_manifest  # noqa: E402
 from metadist.errors import MetadistError  # noqa: E402
+from metadist.evaluation import interval_of  # noqa: E402
 from metadist.experiment import Experiment  # noqa: E402
 from metadist.training import train  # noqa: E402
 from tools.bench._tables import keep_rows, show_table  # noqa: E402
 from tools.bench.cold_start_parts import baselines  # noqa: E402
-from tools.bench.cold_start_parts.users import User, errors, everything, half, users_of  # noqa: E402
+from tools.bench.cold_start_parts.users import User, errors, everything, users_of  # noqa: E402
 
 CONFIG = ROOT / "configs" / "movielens_maml.yaml"
 SHOTS, LATER = (1, 2, 5, 10, 20), 10
@@ -102,13 +103,13 @@ def measured(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     answer = answering(options.data, learner, users, judges, scale)
     for shots in options.shots:
         for method in METHODS:
-            off, ordered = errors(users, answer[method](shots), scale)
+            off, order = map(interval_of, errors(users, answer[method](shots), scale))
             yield {
                 "method": method, "known_ratings": shots, "users": len(users),
-                "mean_absolute_error": float(off.mean()), "ci95": half(off),
-                "ndcg": float(ordered.mean()), "ndcg_ci95": half(ordered),
+                "mean_absolute_error": off["mean"], "ci95": off["ci95"],
+                "ndcg": order["mean"], "ndcg_ci95": order["ci95"],
             }  # fmt: skip
-            say(f"{shots} known, {method}: mean absolute error {off.mean():.3f}")
+            say(f"{shots} known, {method}: mean absolute error {off['mean']:.3f}")
 
 
 def meta_trained(options: argparse.Namespace, runs: Path) -> md.Learner:

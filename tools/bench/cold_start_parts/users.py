@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,8 +58,3 @@ def errors(users: list[User], answers: list[torch.Tensor], scale: tuple[float, f
         off.append(float((answer.clamp(*scale) - user.later.y).abs().mean()))
         ordered.append(float(ndcg(answer, user.later.y)))
     return np.array(off), np.array(ordered)
-
-
-def half(values: np.ndarray) -> float:
-    """Half the width of the normal 95 % interval of the mean."""
-    return 1.96 * float(values.std(ddof=1)) / math.sqrt(len(values))
