@@ -114,7 +114,7 @@ def features_of(learner: Algorithm, example: Episode) -> tuple[Features, Sequenc
         def whole(params: Tensors, x: Tensor, support_x: Tensor) -> Tensor:
             return model(params, x, reference=support_x, evaluation=True).flatten(1)
 
-        return whole, [*model.initial_params(), *model.averages()]
+        return whole, [*model.initial_params(), *model.statistics]
     try:
         head = find_head(model.module, getattr(learner, "head", None), example)
     except ValueError:
@@ -124,7 +124,7 @@ def features_of(learner: Algorithm, example: Episode) -> tuple[Features, Sequenc
     def body(params: Tensors, x: Tensor, support_x: Tensor) -> Tensor:
         return model.features(params, x, reference=support_x, evaluation=True).flatten(1)
 
-    return body, [k for k in (*model.initial_params(), *model.averages()) if k not in model.head_params]
+    return body, [k for k in (*model.initial_params(), *model.statistics) if k not in model.head_params]
 
 
 def _nearest(support: Tensor, y: Tensor, query: Tensor, ways: int) -> Tensor:

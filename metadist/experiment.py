@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ from torch import nn
 
 from metadist.algorithms import BUILT_IN, Algorithm, Plan, outputs_for, resolve_objective
 from metadist.config.schema import (
+    BackboneConfig,
     ClassTasks,
     Config,
     ModelSection,
@@ -29,7 +31,7 @@ from metadist.inner import Convolution, Engine, FunctionalModel
 from metadist.inner.kernels import available as kernels_available
 from metadist.inner.optimizers import make_optimizer
 from metadist.inputs import Inputs
-from metadist.models import MLP, Conv4, Flatten, RatingModel, ResNet12, TextBag, TextConv, TextTransformer
+from metadist.models import MLP, Backbone, Conv4, Flatten, RatingModel, ResNet12, TextBag, TextConv, TextTransformer
 from metadist.rounds import EpisodeSize
 from metadist.seeding import Rng
 from metadist.tasks.base import TaskSource
@@ -127,13 +129,17 @@ class Experiment:
         engine = Engine(
             "vectorised" if strategy == "auto" else strategy, section.compile, section.recompute, section.tasks_together
         )
-        model = FunctionalModel(
-            module, device, dtype, self.config.model.batchnorm, self._convolution(engine, device, dtype),
-            section.fused_norm is not False, PRODUCTS.get(section.precision),
-        )  # fmt: skip
+        with _refusals("model.batchnorm"):
+            model = FunctionalModel(
+                module, device, dtype, self.config.model.batchnorm, self._convolution(engine, device, dtype),
+                section.fused_norm is not False, PRODUCTS.get(section.precision),
+            )  # fmt: skip
         objective = resolve_objective(algorithm.loss, example.query.y, algorithm.metric)
         with _refusals("algorithm"):
-            return algorithm.bind(model, objective, engine)
+            bound = algorithm.bind(model, objective, engine)
+        frozen = {n for pattern in self.config.outer.frozen for n in fnmatch.filter(model.initial_params(), pattern)}
+        model.still = frozenset(filter(bound.reads_only, frozen))
+        return bound
 
     def with_engine(self, **changes: Any) -> Experiment:
         """The same with other fields of ``engine``."""
@@ -255,6 +261,10 @@ class Experiment:
                 f"shape {list(x.shape[1:])}",
                 "use mlp",
             )
+        if isinstance(section, BackboneConfig):
+            # What a finished run has learned holds the weights already.
+            known = {"weights": None} if self.known is not None else {}
+            return Backbone(out_features=outputs, **section.model_dump(exclude={"type", "batchnorm"}) | known)
         if section.type == "resnet12":
             smallest = 2 ** len(section.widths)
             if min(x.shape[-2:]) < smallest:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -60,6 +63,7 @@ class Workspace:
     path: Path
     failures: dict[int, str] = field(default_factory=dict)
     done: int = 0
+    servers: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def run_through(self, number: int) -> None:
         """Runs what has not been run up to ``number``, so that one test can be chosen; slow ones for slow ones."""
@@ -72,9 +76,29 @@ class Workspace:
                 self._run(i, line)
 
     def _run(self, number: int, line: str) -> None:
+        if line.startswith("metadist serve "):
+            self._serve(number, line)
+            return
         finished = self.shell(line)
         if finished.returncode != 0:
             self.failures[number] = f"exit code {finished.returncode}\n{finished.stdout}\n{finished.stderr}"
+
+    def _serve(self, number: int, line: str) -> None:
+        """Starts what runs until it is stopped; the commands that follow find it."""
+        process = subprocess.Popen(
+            shlex.split(line), cwd=self.path, env=_environment(), stderr=subprocess.PIPE, text=True
+        )  # fmt: skip
+        self.servers.append(process)
+        assert process.stderr is not None
+        told = list(itertools.takewhile(lambda said: "is served at" not in said, process.stderr))
+        if process.poll() is not None:
+            self.failures[number] = f"exit code {process.returncode}\n{''.join(told)}"
+
+    def close(self) -> list[int]:
+        """Stops what still runs, as Ctrl-C does; the exit codes."""
+        for process in self.servers:
+            process.send_signal(signal.SIGINT)
+        return [process.wait(60) for process in self.servers]
 
     def shell(self, line: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -88,11 +112,13 @@ def _environment() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     path = tmp_path_factory.mktemp("readme")
     (path / "configs").symlink_to(ROOT / "configs")
     (path / "tools").symlink_to(ROOT / "tools")
-    return Workspace(path)
+    made = Workspace(path)
+    yield made
+    assert set(made.close()) <= {0}
 
 
 @pytest.mark.parametrize(

@@ -126,8 +126,13 @@ class Algorithm:
         return {**self.model.initial_params(), **self.model.initial_statistics(1)}
 
     def update_rules(self) -> dict[str, Rule]:
-        """Meta-parameters which the outer optimizer does not move, by name; by default the running statistics."""
-        return {name: Rule("average", momentum) for name, momentum in self.model.averages().items()}
+        """Meta-parameters which the outer optimizer does not move, by name; by default BatchNorm's statistics."""
+        moving = self.model.averages()
+        return {k: Rule("average", moving[k]) if k in moving else Rule("keep") for k in self.model.statistics}
+
+    def reads_only(self, name: str) -> bool:
+        """Whether adaptation asks for no slope with respect to a parameter of the model: frozen, it costs none then."""
+        return False
 
     # ----------------------------------------------------------------- what a learner defines
 

@@ -78,13 +78,16 @@ class MAML(Algorithm):
         ``shared["params"]`` holds what of the model is not adapted.
         """
         fast = {k: meta_params[k] for k in self.parameter_names if self.adapts(k)}
-        rest = [k for k in (*self.parameter_names, *self.model.averages()) if k not in fast]
+        rest = [k for k in (*self.parameter_names, *self.model.statistics) if k not in fast]
         learned = {k: meta_params[OPTIMIZER + k] for k in self._learned_by_optimizer()}
         return {"params": {k: meta_params[k] for k in rest}, "constants": constants, "optimizer": learned}, fast
 
     def adapts(self, name: str) -> bool:
         """Whether the inner loop changes a parameter of the model."""
         return self.adapted is None or any(fnmatchcase(name, pattern) for pattern in self.adapted)
+
+    def reads_only(self, name: str) -> bool:
+        return not self.adapts(name)
 
     def slope(self, shared: Any, fast: Tensors, gradient: Tensors) -> Tensors:
         """What the optimizer is given: the gradient of the support loss, and what a relative adds to it."""

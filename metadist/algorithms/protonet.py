@@ -31,6 +31,9 @@ class MetricLearner(Algorithm):
         require_classes(type(self).__name__, example)
         return module
 
+    def reads_only(self, name: str) -> bool:
+        return True
+
     def predict_unadapted(self, meta_params: Tensors, support: Examples, x: Tensor, *, evaluation: bool) -> Tensor:
         """Without support one class is as good as another: the same score for all."""
         like = next(iter(meta_params.values()))

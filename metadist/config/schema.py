@@ -142,10 +142,10 @@ TasksConfig = Annotated[
 # --------------------------------------------------------------------------- model
 
 BatchNormMode = Annotated[
-    Literal["transductive", "inductive", "running"],
+    Literal["transductive", "inductive", "running", "stored"],
     Field(
-        description="whose statistics BatchNorm takes for the query set: its own, the support set's, or running "
-        "averages of training, one for each inner step"
+        description="whose statistics BatchNorm takes for the query set: its own, the support set's, running "
+        "averages of training, one for each inner step, or those that a pretrained network came with"
     ),
 ]
 
@@ -224,6 +224,19 @@ class RatingModelConfig(ModelSection):
     mean: float | None = Field(None, description="what is said of an unknown item; null: the mean of some ratings")
 
 
+class BackboneConfig(ModelSection):
+    """A pretrained network of timm or torchvision that is on this disk, and a last layer of its own, `head`."""
+
+    type: Literal["backbone"] = "backbone"
+    batchnorm: BatchNormMode = "stored"
+    library: Literal["timm", "torchvision"]
+    name: str = Field(description="of the network in that library, such as resnet18")
+    weights: str | None = Field(None, description="file of its parameters, .safetensors or .pth; null: random ones")
+    size: Positive | None = Field(None, description="side in pixels to which pictures are scaled; null: as they are")
+    mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), description="of channels, of pictures in [0, 1]")
+    std: tuple[Rate, Rate, Rate] = Field((0.229, 0.224, 0.225), description="of the channels")
+
+
 class FlattenConfig(ModelSection):
     """No network: the inputs themselves as features, for learners with a memory of their own."""
 
@@ -241,7 +254,7 @@ class PythonModelConfig(PythonConfig, ModelSection):
 
 ModelConfig = Annotated[
     Conv4Config | ResNet12Config | MLPConfig | TextBagConfig | TextConvConfig | TextTransformerConfig
-    | RatingModelConfig | FlattenConfig
+    | RatingModelConfig | BackboneConfig | FlattenConfig
     | CustomModelConfig | PythonModelConfig,
     Field(discriminator="type"),
 ]

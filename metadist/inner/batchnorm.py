@@ -11,6 +11,8 @@ evaluation (Bronskill et al. 2020, "TaskNorm", for a comparison):
 ``running``
     Each set by its own statistics while learning, by running averages over the tasks of training in
     evaluation and in use. One average for each inner step (Antoniou et al. 2019, section 4).
+``stored``
+    Each set by the statistics that the module came with, always: for pretrained networks.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from torch import Tensor, nn
 
 from metadist.inner.kernels import norm, patches
 
-BatchNormMode = Literal["transductive", "inductive", "running"]
+BatchNormMode = Literal["transductive", "inductive", "running", "stored"]
 
 MEAN, VAR = ".running_mean", ".running_var"
 
@@ -55,10 +57,10 @@ class EpisodeNorm(nn.Module):
     Args:
         of: the BatchNorm.
         name: its name in the model.
-        running: whether there are running statistics.
+        statistics: whether it holds statistics. They begin as those of the BatchNorm, if it has any.
     """
 
-    def __init__(self, of: nn.modules.batchnorm._BatchNorm, name: str, running: bool) -> None:
+    def __init__(self, of: nn.modules.batchnorm._BatchNorm, name: str, statistics: bool) -> None:
         super().__init__()
         self.name, self.eps, self.channels = name, of.eps, of.num_features
         self.two_dimensional = isinstance(of, nn.BatchNorm2d)
@@ -66,9 +68,10 @@ class EpisodeNorm(nn.Module):
         self.weight, self.bias = of.weight, of.bias
         self.pool = 0
         """What follows is done here as well: ReLU alone (1), ReLU and 2x2 max pooling (2), nothing (0)."""
-        if running:
-            self.register_buffer("running_mean", torch.zeros(1, self.channels))
-            self.register_buffer("running_var", torch.ones(1, self.channels))
+        if statistics:
+            mean, var = of.running_mean, of.running_var
+            self.register_buffer("running_mean", torch.zeros(1, self.channels) if mean is None else mean.clone()[None])
+            self.register_buffer("running_var", torch.ones(1, self.channels) if var is None else var.clone()[None])
         self.now = Pass()
 
     running_mean: Tensor
@@ -159,13 +162,19 @@ def _all_but_channels(x: Tensor) -> list[int]:
 
 
 def adopt_batchnorm(module: nn.Module, mode: BatchNormMode) -> list[EpisodeNorm]:
-    """Replaces every BatchNorm below ``module`` in place; returns what stands there now."""
+    """Replaces every BatchNorm below ``module`` in place; returns what stands there now.
+
+    Raises:
+        ValueError: the module itself is one, or has no statistics that could be ``stored``.
+    """
     found = []
     for name, child in list(module.named_modules()):
         if isinstance(child, nn.modules.batchnorm._BatchNorm):
             if not name:
                 raise ValueError("the model is a single BatchNorm; wrap it in nn.Sequential")
-            made = EpisodeNorm(child, name, mode == "running")
+            if mode == "stored" and child.running_mean is None:
+                raise ValueError(f"{name} has no statistics of its own; choose another mode than stored")
+            made = EpisodeNorm(child, name, mode in ("running", "stored"))
             parent, _, last = name.rpartition(".")
             setattr(module.get_submodule(parent), last, made)
             found.append(made)

@@ -57,6 +57,8 @@ class FunctionalModel:
         """The mode, or ``none`` for a model without BatchNorm."""
         self.convolution, self.products = convolution, products
         self.module.train()
+        self.still: frozenset[str] = frozenset()
+        """Parameters with respect to which nobody wants a slope: none is computed, it is zero."""
         self._seen: Tensors | None = None
         self.buffers: Tensors = {k: v.detach() for k, v in self.module.named_buffers()}
 
@@ -76,18 +78,23 @@ class FunctionalModel:
         """The module's output.
 
         Args:
-            params: the module's parameters and, in mode ``running``, its running statistics.
+            params: the module's parameters and, in modes ``running`` and ``stored``, its statistics.
             x: inputs, ``[examples, ...]``.
             reference: the support set's inputs; their statistics normalise ``x`` in mode ``inductive``.
             step: inner steps made so far, for what there is one of for each step.
-            evaluation: normalise by the running statistics, in mode ``running``.
+            evaluation: in use, not learning: dropout and the like are off, and in mode ``running`` the running
+                statistics normalise.
         """
+        if self.module.training == evaluation:
+            self.module.train(not evaluation)
         rows = len(reference) if reference is not None and self.batchnorm == "inductive" else 0
         if rows:
             x = torch.cat([reference, x])  # type: ignore[list-item]
-        now = Pass(rows, step, evaluation and self.batchnorm == "running", self._seen)
+        now = Pass(rows, step, self.batchnorm == "stored" or (evaluation and self.batchnorm == "running"), self._seen)
         for norm in self.norms:
             norm.now = now
+        if self.still:
+            params = {k: v.detach() if k in self.still else v for k, v in params.items()}
         with self._ways():
             output = functional_call(self.module, {**self.buffers, **params}, (x,), strict=True)
         return output[rows:] if rows else output
@@ -103,6 +110,7 @@ class FunctionalModel:
                 ways.enter_context(AsProducts(fast=self.convolution == "winograd"))
             # Of the forms of attention only this one can be differentiated twice.
             ways.enter_context(sdpa_kernel(SDPBackend.MATH))
+            ways.enter_context(_layer_by_layer())
             yield
 
     @property
@@ -150,14 +158,21 @@ class FunctionalModel:
     # ----------------------------------------------------------------- BatchNorm
 
     def initial_statistics(self, steps: int) -> Tensors:
-        """Running statistics before the first update, ``[steps, channels]`` each; none but in mode ``running``."""
-        return {name: self.buffers[name].repeat(steps, 1) for name in self.averages()}
+        """Statistics before the first update: ``[steps, channels]`` each of mode ``running``, one row of ``stored``."""
+        rows = steps if self.batchnorm == "running" else 1
+        return {name: self.buffers[name].repeat(rows, 1) for name in self.statistics}
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """Names of the statistics that stand among the parameters."""
+        kept = self.norms if self.batchnorm in ("running", "stored") else ()
+        return tuple(norm.name + part for norm in kept for part in (MEAN, VAR))
 
     def averages(self) -> dict[str, float]:
-        """Names of the running statistics, with the rate at which each moves."""
+        """Names of the statistics that move while learning, with the rate of each."""
         if self.batchnorm != "running":
             return {}
-        return {n.name + part: n.momentum for n in self.norms for part in (MEAN, VAR)}
+        return {norm.name + part: norm.momentum for norm in self.norms for part in (MEAN, VAR)}
 
     @contextmanager
     def recording(self) -> Iterator[Tensors]:
@@ -172,3 +187,14 @@ class FunctionalModel:
             yield seen
         finally:
             self._seen = None
+
+
+@contextmanager
+def _layer_by_layer() -> Iterator[None]:
+    """Within it, a transformer's layers in use are computed as while learning: their one operator knows no vmap."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

@@ -1,5 +1,6 @@
 """Networks for few-shot learning; any torch.nn.Module of your own serves as well."""
 
+from metadist.models.backbone import Backbone
 from metadist.models.conv4 import Conv4
 from metadist.models.flatten import Flatten
 from metadist.models.mann import MANN
@@ -10,5 +11,6 @@ from metadist.models.snail import SNAIL
 from metadist.models.text import TextBag, TextConv, TextTransformer
 
 __all__ = [
-    "MANN", "MLP", "SNAIL", "Conv4", "Flatten", "RatingModel", "ResNet12", "TextBag", "TextConv", "TextTransformer",
+    "MANN", "MLP", "SNAIL", "Backbone", "Conv4", "Flatten", "RatingModel", "ResNet12",
+    "TextBag", "TextConv", "TextTransformer",
 ]  # fmt: skip

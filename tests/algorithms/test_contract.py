@@ -78,7 +78,7 @@ def test_the_meta_gradient_is_the_slope_of_the_query_loss(name: str, model: str)
 
 
 @LISTED
-@pytest.mark.parametrize("batchnorm", ["transductive", "inductive", "running"])
+@pytest.mark.parametrize("batchnorm", ["transductive", "inductive", "running", "stored"])
 def test_strategies_agree(name: str, batchnorm: str) -> None:
     case = CASES[name]
     batch = episodes(3, kind=case.tasks)

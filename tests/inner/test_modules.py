@@ -12,6 +12,7 @@ from metadist.algorithms import MAML, resolve_objective
 from metadist.algorithms.base import TaskResults
 from metadist.episode import EpisodeBatch, Examples
 from metadist.inner import Engine, FunctionalModel, choose_strategy
+from metadist.inner.engine import Strategy
 from metadist.models import ResNet12
 
 
@@ -99,6 +100,24 @@ def test_the_right_strategy_gives_the_gradient_of_the_loop(make: Callable[[], nn
         torch.testing.assert_close(made.gradient[name], value, rtol=1e-8, atol=1e-10)
     for name, value in wanted.metrics.items():
         torch.testing.assert_close(made.metrics[name], value, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("strategy", ["vectorised", "adjoint", "loop"])
+def test_dropout_is_for_learning_alone(strategy: Strategy) -> None:
+    torch.manual_seed(1)
+    module, without = Transformer(dropout=0.5), Transformer()
+    without.load_state_dict(module.state_dict())
+    found = {}
+    for name, made in (("with", module), ("without", without)):
+        model = FunctionalModel(made, dtype=torch.float64)
+        learner = MAML(inner_lr=0.05, inner_steps=2)
+        learner.bind(model, resolve_objective("auto", batch().query.y[0]), Engine(strategy))
+        meta_params = learner.initial_meta_params()
+        if strategy == "loop":
+            learned = [learner.meta_gradient(meta_params, batch()).metrics["loss"] for _ in range(2)]
+            assert torch.equal(*learned) == (name == "without")
+        found[name] = learner.evaluate(meta_params, batch())["loss"]
+    assert torch.equal(found["with"], found["without"])
 
 
 def test_resnet12_has_the_layers_of_the_paper() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from metadist.cli import main
 from metadist.config import validate
@@ -35,6 +36,72 @@ def test_a_run_leaves_what_is_frozen_as_it_began(tmp_path: Path) -> None:
     begun = learner.initial_meta_params()
     same = {k for k, v in begun.items() if torch.equal(v, checkpoint.meta_params[k])}
     assert same == {"layers.0.weight", "layers.0.bias", "layers.2.bias"}
+
+
+class NoWayBack(torch.autograd.Function):
+    """The identity, of which nobody may take the slope."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("a slope of what is frozen")
+
+
+class Guarded(nn.Module):
+    """A body that refuses to be learned, if ``guarded``, and a head."""
+
+    guarded = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(1, 6), nn.Linear(6, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.tanh(self.body(x))
+        return self.head(NoWayBack.apply(y) if self.guarded else y)
+
+
+@pytest.mark.parametrize("strategy", ["vectorised", "adjoint", "loop"])
+@pytest.mark.parametrize("learner", [{"type": "maml", "adapted": ["head.*"], "inner_steps": 2}, {"type": "anil"}])
+def test_nothing_is_computed_for_what_is_frozen(strategy: str, learner: dict[str, Any]) -> None:
+    found = {}
+    for frozen in ([], ["body.*"]):
+        words = {**sections(frozen=frozen), "algorithm": learner, "engine": {"strategy": strategy, "compile": False}}
+        words["model"] = {"type": "python", "name": "guarded"}
+        experiment = Experiment(validate(words, "the test"), model=_make(guarded=bool(frozen)))
+        bound, tasks = experiment.learner(), experiment.first_tasks(3)
+        found[bool(frozen)] = bound.meta_gradient(bound.initial_meta_params(), tasks).gradient
+    for name, value in found[False].items():
+        same = torch.zeros_like(value) if name.startswith("body") else value
+        torch.testing.assert_close(found[True][name], same, rtol=1e-6, atol=1e-8)
+
+
+def test_what_is_frozen_and_adapted_has_its_slope() -> None:
+    """Frozen is where the inner loop begins, not what it does."""
+    found = []
+    for frozen in ([], ["layers.*"]):
+        experiment = Experiment(validate(sections(frozen=frozen), "the test"))
+        bound = experiment.learner()
+        found.append(bound.evaluate(bound.initial_meta_params(), experiment.first_tasks(3))["loss"])
+    assert torch.equal(*found)
+
+
+def _make(guarded: bool) -> Any:
+    def make() -> nn.Module:
+        module = Guarded()
+        module.guarded = guarded
+        return module
+
+    return make
 
 
 def test_the_rest_moves_as_if_the_frozen_were_not_there() -> None:
