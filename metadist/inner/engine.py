@@ -52,6 +52,7 @@ class Engine:
         self.strategy, self.recompute, self.together = strategy, recompute, together
         self.compile: Compile = compile if strategy == "vectorised" else False
         self._programs: dict[Any, Program] = {}
+        self._sums: dict[InnerProblem, bool] = {}
 
     def uncompiled(self) -> Engine:
         """The same without compilation, for what is not computed often enough to pay for it."""
@@ -68,9 +69,17 @@ class Engine:
             batch: T episodes; ``x [T, examples, ...]``.
             constants: tensors for ``problem.start`` which change from call to call but are not learned.
         """
+        shared, tasks = (meta_params, constants or {}), (batch.support, batch.query)
+        if self.strategy == "vectorised" and self._may_be_summed(problem, shared, batch):
+            many = functools.partial(_together, functools.partial(adjoint.meta_gradient_of_all, problem))
+            return self._summed(self._program(many, problem), shared, tasks)
         one = adjoint.loop_meta_gradient if self.strategy == "loop" else adjoint.meta_gradient
-        shared = (meta_params, constants or {})
-        return self.sum_tasks(functools.partial(one, problem), shared, (batch.support, batch.query), key=problem)
+        return self.sum_tasks(functools.partial(one, problem), shared, tasks, key=problem)
+
+    def _may_be_summed(self, problem: InnerProblem, shared: tuple[Any, ...], batch: EpisodeBatch) -> bool:
+        if problem not in self._sums:
+            self._sums[problem] = adjoint.may_be_summed(problem, shared[0], shared[1], batch[0].support)
+        return self._sums[problem]
 
     def sum_tasks(
         self, one: Callable[..., tuple[Tensors, Any]], shared: tuple[Any, ...], tasks: tuple[Any, ...], key: Any = None
