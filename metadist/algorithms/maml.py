@@ -43,6 +43,9 @@ class MAML(Algorithm):
         metric: ``auto``, ``accuracy``, ``auc``, ``mean_squared_error``, ``mean_absolute_error`` or ``ndcg``.
         adapted: patterns of the names of the model's parameters that the inner loop changes, e.g. ``head.*``; the
             others are learned and the same for every task. None: it changes all.
+        inner_lr_for: support examples that ``inner_lr`` is meant for: of n the inner loop goes down the support loss
+            times ``n / inner_lr_for``, so that it learns little from few, as the evidence beside a prior weighs by
+            their number. None: their mean, however few they are.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class MAML(Algorithm):
         metric: str = "auto",
         inner_optimizer: InnerOptimizer | None = None,
         adapted: Sequence[str] | None = None,
+        inner_lr_for: int | None = None,
     ) -> None:
         if not inner_lr > 0:
             raise ValueError(f"inner_lr must be positive, not {inner_lr}")
@@ -65,7 +69,9 @@ class MAML(Algorithm):
         self.loss, self.metric = loss, metric
         self.inner_optimizer = SGD() if inner_optimizer is None else inner_optimizer
         self.evaluation_inner_steps = inner_steps if evaluation_inner_steps is None else evaluation_inner_steps
-        self.adapted = None if adapted is None else tuple(adapted)
+        if inner_lr_for is not None and inner_lr_for < 1:
+            raise ValueError(f"inner_lr_for must be at least 1, not {inner_lr_for}")
+        self.adapted, self.inner_lr_for = None if adapted is None else tuple(adapted), inner_lr_for
         self.exact = not first_order  # type: ignore[misc]
 
     # ----------------------------------------------------------------- what relatives change
@@ -108,7 +114,8 @@ class MAML(Algorithm):
     def support_loss(self, shared: Any, fast: Tensors, support: Examples, k: int, evaluation: bool) -> Tensor:
         """What step ``k`` of the inner loop goes down."""
         output = self.model(self.params(shared, fast), support.x, step=k, evaluation=evaluation)
-        return self.objective.loss(output, support.y)
+        loss = self.objective.loss(output, support.y)
+        return loss if self.inner_lr_for is None else loss * (len(support.y) / self.inner_lr_for)
 
     def output(self, params: Tensors, support: Examples, x: Tensor, k: int, evaluation: bool) -> Tensor:
         """The model's outputs for ``x`` after ``k`` inner steps."""

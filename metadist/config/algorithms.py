@@ -90,6 +90,9 @@ class MAMLConfig(SecondOrder):
     adapted: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
         None, description="patterns of the parameters that the inner loop changes, such as head.*; null: all"
     )
+    inner_lr_for: Positive | None = Field(
+        None, description="support examples that inner_lr is meant for: of fewer the inner loop learns less; null: any"
+    )
 
 
 class ANILConfig(WithHead):

@@ -74,6 +74,15 @@ def test_meta_sgd_with_constant_rates_is_maml_and_its_rates_have_the_gradients_o
     assert relative({k: got[f"inner_lr/{k}"] for k in start}, wanted) < 1e-10
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum"])
+def test_a_rate_for_so_many_examples_is_in_proportion_to_their_number(optimizer: str) -> None:
+    start, batch = moved(learner_of(Case("maml", {}), model="smooth")), episodes(3)
+    count = batch.support.y.shape[1]
+    options = {"inner_steps": 2, "inner_optimizer": {"type": optimizer}}
+    got = gradient_of("maml", start, batch, inner_lr=LR, inner_lr_for=2 * count, **options)
+    assert relative(got, gradient_of("maml", start, batch, inner_lr=LR / 2, **options)) < 1e-10
+
+
 @pytest.mark.parametrize(("type", "still"), [("anil", "first"), ("boil", "last")])
 @pytest.mark.parametrize("steps", [1, 3])
 def test_anil_and_boil_are_maml_with_a_rate_of_nought_elsewhere(type: str, still: str, steps: int) -> None:
