@@ -104,7 +104,7 @@ def test_what_is_missing_is_named(text: str, message: str) -> None:
         (
             LEAST.replace("conv4", "zzz"),
             "model.type: there is no 'zzz'; choose one of conv4, resnet12, mlp, text_bag, text_conv, text_transformer, "
-            "rating, flatten, custom",
+            "rating, backbone, flatten, custom",
         ),
         (SHARDS % "sampler: {type: windw}", "tasks.sampler.type: there is no 'windw'; did you mean window?"),
     ],
