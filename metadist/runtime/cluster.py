@@ -19,6 +19,9 @@ _CONNECT_TIMEOUT_S = 20.0
 # What is smaller goes within the messages, a Conv4's gradient among it: through the object store it costs every process
 # on its way another exchange with Ray's own.
 _WITHIN_MESSAGES = 1_000_000
+# Ray starts a process for each CPU before anybody asks. Ours have an environment of their own: those would wait idle,
+# and take from the first seconds of a run what its workers need.
+_NOTHING_BEFOREHAND = {"enable_worker_prestart": False, "prestart_worker_first_driver": False}
 
 
 def connect(runtime: RuntimeConfig) -> bool:
@@ -43,7 +46,7 @@ def connect(runtime: RuntimeConfig) -> bool:
                 include_dashboard=False,
                 num_cpus=max(workers * runtime.threads_per_worker, 1),
                 runtime_env={"env_vars": environment},
-                _system_config={"max_direct_call_object_size": _WITHIN_MESSAGES},
+                _system_config={"max_direct_call_object_size": _WITHIN_MESSAGES, **_NOTHING_BEFOREHAND},
                 **common,
             )
         return True

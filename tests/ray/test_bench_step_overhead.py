@@ -27,6 +27,7 @@ def test_an_emulated_worker_answers_with_the_sums_of_its_microbatches() -> None:
     np.testing.assert_allclose(sum(blocks.values()), gradient(50, 0) + gradient(50, 1) + gradient(50, 2), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_all_sides_agree_and_a_row_is_whole(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(step_overhead, "connect", lambda runtime: False)

@@ -61,6 +61,7 @@ def test_a_submitted_job_runs_to_its_end_and_streams_its_log(head: Head, tree: P
     assert "run directory: ~/metadist-runs/glyphs-maml-" in failed.stderr.replace("_", "-")
 
 
+@pytest.mark.slow
 def test_secrets_travel_by_environment_alone(head: Head, tree: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "own"
     own = (ROOT / "tools" / "examples" / "pretrained.py").read_text()
@@ -173,6 +174,7 @@ def joined(*addresses: str) -> str:
     return done.stdout if done.returncode == 0 else done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_token_at_hand_is_not_used_on_a_cluster_that_has_none(head: Head) -> None:
     assert joined("here", head.address) == "42\n42\n"
 

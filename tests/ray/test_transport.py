@@ -97,9 +97,8 @@ def test_what_a_transport_loses_is_computed_again(omniglot_shards, wanted, tmp_p
     assert wanted in (tmp_path / "run" / "summary.json").read_text()
 
 
-@pytest.mark.parametrize(
-    ("seconds", "servers"), [pytest.param(6, 1, marks=pytest.mark.slow), (None, 2)], ids=["slow", "dies"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("seconds", "servers"), [(6, 1), (None, 2)], ids=["slow", "dies"])
 @pytest.mark.usefixtures("cluster")
 def test_a_server_that_is_restored_may_be_slow_to_start_or_be_lost_again(
     omniglot_shards, wanted, tmp_path, monkeypatch, seconds, servers

@@ -9,7 +9,8 @@ ten whatever is known. Compared are
   users;
 - ``fine-tuned``: the meta-learner's network trained on all ratings of the training users, then by gradient steps on
   what is known of a user; rate and steps by validation users, anew for each number of ratings;
-- ``maml``: ``configs/movielens_maml.yaml``, trained with ten known ratings, with its own rate and steps throughout.
+- ``maml``: ``configs/movielens_maml.yaml``, trained with ten known ratings, with its own rate; steps in use by
+  validation users, anew for each number of ratings.
 
 Needs Surprise: ``pip install scikit-surprise``.
 """
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import datetime
 import os
 import platform
@@ -46,6 +48,7 @@ from tools.bench.cold_start_parts.users import User, errors, everything, users_o
 
 CONFIG = ROOT / "configs" / "movielens_maml.yaml"
 SHOTS, LATER = (1, 2, 5, 10, 20), 10
+INNER_STEPS = (1, 3, 5, 10, 20)
 METHODS = ("mean", "user mean", "biases", "factors", "fine-tuned", "maml")
 COLOURS = dict(zip(METHODS, ("#9aa3b2", "#6b7686", "#c2703d", "#b0479c", "#2c9c69", "#2f6fde"), strict=True))
 INK, GRID = "#1d2433", "#e3e7ee"
@@ -151,9 +154,15 @@ def answering(
     def tuned(shots: int) -> list[torch.Tensor]:
         return baselines.fine_tuned(network, users, shots, *baselines.best_descent(network, judges, shots, scale))
 
-    def learned(shots: int) -> list[torch.Tensor]:
+    def learned(shots: int, of: list[User] = users, steps: int | None = None) -> list[torch.Tensor]:
+        algorithm = copy.copy(learner.algorithm)
+        algorithm.evaluation_inner_steps = steps or min(INNER_STEPS, key=lambda k: misses(shots, k))  # type: ignore
+        adapter = md.Learner(learner.run_dir, algorithm, learner.meta_params, learner.version)
         with torch.no_grad():
-            return [learner.adapt(user.first(shots))(user.later.x) for user in users]
+            return [adapter.adapt(user.first(shots))(user.later.x) for user in of]
+
+    def misses(shots: int, steps: int) -> float:
+        return float(errors(judges, learned(shots, judges, steps), scale)[0].mean())
 
     return {
         "mean": lambda shots: baselines.mean_of_all(ratings, users),
