@@ -64,14 +64,14 @@ class Browser:
         return dict(told)
 
 
-@pytest.fixture
-def devtools(tmp_path: Path) -> Iterator[str]:
-    """The address of a browser's DevTools, with nobody's profile."""
+@contextlib.contextmanager
+def running(folder: Path) -> Iterator[str]:
+    """A browser with nobody's profile, which is kept in ``folder``; the address of its DevTools."""
     assert BROWSER is not None
-    profile = tmp_path / "profile"
+    profile = folder / "profile"
     process = subprocess.Popen(
         [BROWSER, *FLAGS, f"--user-data-dir={profile}", "about:blank"],
-        stderr=subprocess.PIPE, text=True, env={**os.environ, "HOME": str(tmp_path)},
+        stderr=subprocess.PIPE, text=True, env={**os.environ, "HOME": str(folder)},
     )  # fmt: skip
     try:
         assert process.stderr is not None

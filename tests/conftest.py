@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
-
-from tests.browser import devtools  # noqa: F401
 
 # A first call may build or trace something, and machines are busy.
 settings.register_profile("patient", deadline=None)
@@ -74,6 +73,15 @@ def omniglot_shards(metadist_data: Path, tmp_path_factory: pytest.TempPathFactor
         if not (out / "metadist.json").exists():
             pack_omniglot(metadist_data / "omniglot", out, splits_dir=metadist_data / "omniglot-splits")
     return out
+
+
+@pytest.fixture
+def devtools(tmp_path: Path) -> Iterator[str]:
+    """The address of a browser's DevTools."""
+    from tests.browser import running
+
+    with running(tmp_path) as address:
+        yield address
 
 
 @pytest.fixture
