@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # Processes that run the tests, file by file.
 PROCESSES ?= 2
+LINT := $(BIN)/ruff check . && $(BIN)/mypy && $(BIN)/lint-imports
 
 .DEFAULT_GOAL := help
 .PHONY: help install train test lint test-slow test-gpu chaos fuzz bench clean
@@ -27,14 +28,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 train: $(INSTALLED) ## meta-train on glyphs with two workers, a few minutes
 	$(BIN)/metadist train configs/glyphs_maml.yaml
 
-test: $(INSTALLED) ## the tests, then lint, types and the import contract
-	$(BIN)/python -m pytest -n $(PROCESSES) --no-loadscope-reorder
-	$(MAKE) --no-print-directory lint
+# Tests that start Ray wait for much of their time, in which the rest is checked; it speaks last.
+test: $(INSTALLED) ## the tests; lint, types and the import contract beside them
+	@($(LINT)) > $(VENV)/lint.log 2>&1 & lint=$$!; \
+	$(BIN)/python -m pytest -n $(PROCESSES) --no-loadscope-reorder; tests=$$?; \
+	wait $$lint; linted=$$?; cat $(VENV)/lint.log; exit $$((tests || linted))
 
 lint: $(INSTALLED) ## ruff, mypy and the import contract
-	$(BIN)/ruff check .
-	$(BIN)/mypy
-	$(BIN)/lint-imports
+	$(LINT)
 
 test-slow: $(INSTALLED) ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
