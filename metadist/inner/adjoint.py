@@ -93,44 +93,16 @@ def meta_gradient(
     problem: InnerProblem, meta_params: Tensors, constants: Tensors, support: Examples, query: Examples
 ) -> tuple[Tensors, Any]:
     """The gradient of one task's objective with respect to ``meta_params``, and the last step's extra outputs."""
+
+    def step(k: int, shared: State, fast: State) -> State:
+        return problem.step(shared, fast, support, k)
+
+    def objective(k: int, shared: State, fast: State) -> tuple[Tensor, Any]:
+        return problem.objective(shared, fast, support, query, k)
+
     (shared, start), back = vjp(lambda m: problem.start(m, constants, support), meta_params)  # type: ignore[misc]
-    g_shared, v, extra = _through_steps(problem, shared, start, support, query)
+    g_shared, v, extra = _through_steps(problem, shared, start, step, objective, lambda k, v: v)
     return back((g_shared, v))[0], extra
-
-
-def _through_steps(
-    problem: InnerProblem, shared: State, fast: State, support: Examples, query: Examples
-) -> tuple[State, State, Any]:
-    """Gradients with respect to what is shared and to what is fast at the start."""
-
-    def objective(k: int, fast: State) -> tuple[State, State, Any]:
-        def judged(s: State, f: State) -> tuple[Tensor, Any]:
-            return problem.objective(s, f, support, query, k)
-
-        (g_shared, v), (_, extra) = grad_and_value(judged, argnums=(0, 1), has_aux=True)(shared, fast)
-        return g_shared, v, extra
-
-    trajectory: list[State] = []
-    back = None
-    for k in range(problem.steps):
-        trajectory.append(fast)
-        if k == problem.steps - 1 and not problem.first_order:
-            fast, back = vjp(lambda s, f: problem.step(s, f, support, k), shared, fast)  # type: ignore[misc]  # noqa: B023
-        else:
-            fast = problem.step(shared, fast, support, k)
-
-    g_shared, v, extra = objective(problem.steps, fast)
-    for k in reversed(range(problem.steps)):
-        if not problem.first_order:
-            if back is None:
-                _, back = vjp(lambda s, f: problem.step(s, f, support, k), shared, trajectory[k])  # type: ignore[misc]  # noqa: B023
-            d_shared, v = back(v)
-            g_shared = _add(g_shared, d_shared)
-            back = None
-        if problem.every_step and k:
-            d_shared, dv, _ = objective(k, trajectory[k])
-            g_shared, v = _add(g_shared, d_shared), _add(v, dv)
-    return g_shared, v, extra
 
 
 def meta_gradient_of_all(
@@ -146,48 +118,71 @@ def meta_gradient_of_all(
     """
     begin = _Mapped(problem.start)
     started, back = vjp(lambda m: begin((m, None), (constants, None), (support, 0)), meta_params)  # type: ignore[misc]
-    shared, fast = started
-    s_dims, dims = begin.dims
+    s_dims, dims = begin.dims[0], {0: begin.dims[1]}
 
-    def objective(k: int, fast: State, dims: Any) -> tuple[State, State, Any]:
-        def judged(s: State, f: State) -> tuple[Tensor, Any]:
-            judge = vmap(lambda s, f, x, q: problem.objective(s, f, x, q, k), (s_dims, dims, 0, 0))
-            losses, extra = judge(s, f, support, query)
-            return losses.sum(), extra
-
-        (g_shared, v), (_, extra) = grad_and_value(judged, argnums=(0, 1), has_aux=True)(shared, fast)
-        return g_shared, v, extra
-
-    def step(k: int, s: State, f: State) -> State:
+    def step(k: int, shared: State, fast: State) -> State:
         moved = _Mapped(lambda s, f, support: problem.step(s, f, support, k))
-        after = moved((s, s_dims), (f, trajectory[k][1]), (support, 0))
-        reached[k] = moved.dims
+        after = moved((shared, s_dims), (fast, dims[k]), (support, 0))
+        dims[k + 1] = moved.dims
         return after
 
-    trajectory: list[tuple[State, Any]] = []
-    reached: dict[int, Any] = {}
-    last = None
+    def objective(k: int, shared: State, fast: State) -> tuple[Tensor, Any]:
+        judge = vmap(lambda s, f, x, q: problem.objective(s, f, x, q, k), (s_dims, dims[k], 0, 0))
+        losses, extra = judge(shared, fast, support, query)
+        return losses.sum(), extra
+
+    def unmoved(k: int, v: State) -> State:
+        return _summed_to(dims[k], dims[k + 1], v)
+
+    shared, start = started
+    g_shared, v, extra = _through_steps(problem, shared, start, step, objective, unmoved)
+    return back((g_shared, v))[0], extra
+
+
+def _through_steps(
+    problem: InnerProblem,
+    shared: State,
+    fast: State,
+    step: Callable[[int, State, State], State],
+    judged: Callable[[int, State, State], tuple[Tensor, Any]],
+    unmoved: Callable[[int, State], State],
+) -> tuple[State, State, Any]:
+    """Gradients with respect to what is shared and to what is fast at the start, and the last extra outputs.
+
+    Args:
+        step: ``step(k, shared, fast)``, of one task or of all.
+        judged: ``judged(k, shared, fast)``, the objective after ``k`` steps, likewise.
+        unmoved: ``unmoved(k, v)``, the adjoint before step ``k`` where its derivative counts as the identity.
+    """
+
+    def objective(k: int, fast: State) -> tuple[State, State, Any]:
+        slopes = grad_and_value(functools.partial(judged, k), argnums=(0, 1), has_aux=True)
+        (g_shared, v), (_, extra) = slopes(shared, fast)
+        return g_shared, v, extra
+
+    trajectory: list[State] = []
+    back = None
     for k in range(problem.steps):
-        trajectory.append((fast, dims))
+        trajectory.append(fast)
         if k == problem.steps - 1 and not problem.first_order:
-            fast, last = vjp(functools.partial(step, k), shared, fast)  # type: ignore[misc]
+            fast, back = vjp(functools.partial(step, k), shared, fast)  # type: ignore[misc]
         else:
             fast = step(k, shared, fast)
-        dims = reached[k]
 
-    g_shared, v, extra = objective(problem.steps, fast, dims)
+    g_shared, v, extra = objective(problem.steps, fast)
     for k in reversed(range(problem.steps)):
         if problem.first_order:
-            v = _summed_to(trajectory[k][1], dims, v)
+            v = unmoved(k, v)
         else:
-            back_k = last or vjp(functools.partial(step, k), shared, trajectory[k][0])[1]
-            d_shared, v = back_k(v)
-            g_shared, last = _add(g_shared, d_shared), None
-        dims = trajectory[k][1]
+            if back is None:
+                _, back = vjp(functools.partial(step, k), shared, trajectory[k])  # type: ignore[misc]
+            d_shared, v = back(v)
+            g_shared = _add(g_shared, d_shared)
+            back = None
         if problem.every_step and k:
-            d_shared, dv, _ = objective(k, *trajectory[k])
+            d_shared, dv, _ = objective(k, trajectory[k])
             g_shared, v = _add(g_shared, d_shared), _add(v, dv)
-    return back((g_shared, v))[0], extra
+    return g_shared, v, extra
 
 
 _SOUND = frozenset(
