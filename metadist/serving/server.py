@@ -206,11 +206,10 @@ class Replica:
                 raise _unknown()
             model = self._adapted(stored.x, stored.y, len(stored.classes))
             held = _Held(model, stored.classes, stored.expires)
-            self._hold(name, held)
         elif held.expires < time.time() or not self.store.holds(name):  # another replica may have forgotten it
             self._models.pop(name, None)
             raise _unknown()
-        self._models.move_to_end(name)
+        self._hold(name, held)
         return held
 
     def _adapted(self, x: Tensor, y: Tensor, ways: int) -> AdaptedModel:
@@ -218,6 +217,8 @@ class Replica:
             return adapted_model(self.learner, Examples(x, y), ways)
 
     def _hold(self, name: str, held: _Held) -> None:
+        """Keeps it as the one used last; what was used longest ago goes."""
+        self._models.pop(name, None)  # it may have been forgotten in between
         self._models[name] = held
         while len(self._models) > _MODELS_HELD:
             self._models.popitem(last=False)
