@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from pydantic import BaseModel, ValidationError, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
+from safetensors.torch import save_file
 from torch import Tensor
 
 from metadist.errors import CheckpointError
@@ -103,31 +104,28 @@ def save_checkpoint(
         CheckpointError: it cannot be written (a full disk, say); the ones before it are untouched.
     """
     version = snapshot["version"]
-    vector = torch.from_numpy(np.array(snapshot["weights"]))
+    vector = _tensor(snapshot["weights"])
     meta_params = layout.unflatten(vector)
-    outer = {k: torch.from_numpy(np.array(v)) for k, v in snapshot["outer_state"].items()}
+    outer = {k: _tensor(v) for k, v in snapshot["outer_state"].items()}
     if any(d != layout.dtype for d in layout.dtypes):
         # The named tensors are rounded copies: keep the vector the optimizer works on as well.
         outer[_VECTOR] = vector
-    contents = {
-        _TENSOR_FILES[0]: save_tensors({k: v.contiguous() for k, v in meta_params.items()}),
-        _TENSOR_FILES[1]: save_tensors(outer),
-    }
-    state = {
+    state: dict[str, Any] = {
         "schema": SCHEMA,
         "sha256": _BLANK,
         "version": version,
         "meta_params_sha256": sha256_of(meta_params),
         "layout": list(layout.names),
-        "files": {n: {"bytes": len(b), "sha256": hashlib.sha256(b).hexdigest()} for n, b in contents.items()},
         "content_id": content_id,
         "inputs": None if inputs is None else dict(inputs),
         "progress": dict(progress),
         "config": dict(config),
     }
-    contents[MARK] = _sealed(json.dumps(state, indent=1))
     try:
-        store.write(version, contents)
+        with store.writing(version) as folder:
+            files = dict(zip(_TENSOR_FILES, (meta_params, outer), strict=True))
+            state["files"] = {name: _saved(tensors, folder / name) for name, tensors in files.items()}
+            (folder / MARK).write_bytes(_sealed(json.dumps(state, indent=1)))
         store.note(LATEST, f"{version:08d}")
         if best:
             store.note(BEST, f"{version:08d}")
@@ -141,6 +139,25 @@ def save_checkpoint(
         raise CheckpointError(
             store.place(version), f"cannot be written ({e})", "the checkpoints before it are whole"
         ) from e
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    """A tensor that shares an array's memory if that can be written to."""
+    return torch.from_numpy(np.require(array, requirements="W"))
+
+
+def _saved(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
+    """Writes tensors to a file without holding them twice; its size and its checksum.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        save_file(dict(tensors), path)
+    except SafetensorError as e:
+        raise OSError(str(e)) from e
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def load_checkpoint(store: Store, version: int) -> Checkpoint:

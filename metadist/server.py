@@ -28,13 +28,21 @@ class ParameterServer:
         options: see :class:`metadist.outer.update.MetaUpdate`.
         version: of ``weights``.
         threads: CPU threads, or None to leave them as they are.
+        views: hand out views of what it holds, which the next update changes, and no copies: for a caller who has sent
+            them away by then.
     """
 
     def __init__(
-        self, weights: np.ndarray, options: dict[str, Any], version: int = 0, threads: int | None = None
+        self,
+        weights: np.ndarray,
+        options: dict[str, Any],
+        version: int = 0,
+        threads: int | None = None,
+        views: bool = False,
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
+        self._views = views
         self._update = MetaUpdate(torch.from_numpy(np.array(weights)), options, version)
         self._sum: TreeSum | None = None
         self._prepared: Prepared | None = None
@@ -42,9 +50,11 @@ class ParameterServer:
         self._lock = threading.Lock()
 
     @classmethod
-    def at(cls, snapshot: Mapping[str, Any], options: dict[str, Any], threads: int | None = None) -> ParameterServer:
+    def at(
+        cls, snapshot: Mapping[str, Any], options: dict[str, Any], threads: int | None = None, views: bool = False
+    ) -> ParameterServer:
         """A server that goes on from a :meth:`snapshot`; one without optimizer state is a start."""
-        server = cls(snapshot["weights"], options, snapshot["version"], threads)
+        server = cls(snapshot["weights"], options, snapshot["version"], threads, views)
         if snapshot["outer_state"]:
             server.restore(snapshot)
         return server
@@ -129,14 +139,18 @@ class ParameterServer:
         return self._prepared
 
     def weights(self) -> np.ndarray:
-        """The flat meta-parameters ``[numel]``, copied."""
-        return self._update.vector.detach().numpy().copy()
+        """The flat meta-parameters ``[numel]``."""
+        return self._given(self._update.vector)
 
     def snapshot(self) -> dict[str, Any]:
         """Everything needed to go on from this version: ``version``, ``weights``, ``outer_state``."""
         with self._lock:
-            state = {k: v.numpy() for k, v in self._update.state().items()}
+            state = {k: self._given(v) for k, v in self._update.state(copy=False).items()}
             return {"version": self.version, "weights": self.weights(), "outer_state": state}
+
+    def _given(self, held: torch.Tensor) -> np.ndarray:
+        held = held.detach()
+        return held.numpy() if self._views else held.numpy().copy()
 
     def restore(self, snapshot: Mapping[str, Any]) -> None:
         """Goes back to a :meth:`snapshot`."""

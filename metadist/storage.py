@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,7 +14,7 @@ from metadist.errors import ConfigError, first_line
 from metadist.files import whole_directory, write_atomically
 
 MARK = "state.json"
-"""The last file of a version."""
+"""The file that makes a folder a version."""
 
 _LONGEST = 200
 _OBJECTS = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "oci"}
@@ -32,8 +35,11 @@ class Store(Protocol):
     def read(self, version: int, name: str) -> bytes:
         """One file of a version."""
 
-    def write(self, version: int, files: Mapping[str, bytes]) -> None:
-        """A version, in place of one of the same number. The last of the files makes it one."""
+    def writing(self, version: int) -> AbstractContextManager[Path]:
+        """A local folder to fill, which is a version when the block ends, in place of one of the same number.
+
+        After an error in the block nothing has changed. What lies in the folder must include :data:`MARK`.
+        """
 
     def remove(self, version: int) -> None:
         """Lets go of a version, if it is there."""
@@ -80,10 +86,8 @@ class FolderStore:
     def read(self, version: int, name: str) -> bytes:
         return self._at(version, name).read_bytes()
 
-    def write(self, version: int, files: Mapping[str, bytes]) -> None:
-        with whole_directory(self._at(version), replace=True) as partial:
-            for name, data in files.items():
-                (partial / name).write_bytes(data)
+    def writing(self, version: int) -> AbstractContextManager[Path]:
+        return whole_directory(self._at(version), replace=True)
 
     def remove(self, version: int) -> None:
         shutil.rmtree(self._at(version), ignore_errors=True)
@@ -109,7 +113,7 @@ class FolderStore:
 class UrlStore:
     """A folder behind a URL, as of object storage, where nothing can be renamed.
 
-    The last file of a version is written when the others are there, and taken away first: without it there is no
+    The mark of a version is written when the other files are there, and taken away first: without it there is no
     version.
     """
 
@@ -143,16 +147,11 @@ class UrlStore:
     def read(self, version: int, name: str) -> bytes:
         return self._safely(lambda: bytes(self._fs.cat_file(self._at(version, name))))
 
-    def write(self, version: int, files: Mapping[str, bytes]) -> None:
-        assert list(files)[-1] == MARK, "the mark comes last"
-
-        def put() -> None:
-            self._make(self._at(version))
-            self._unmark(version)
-            for name, data in files.items():
-                self._fs.pipe_file(self._at(version, name), data)
-
-        self._safely(put)
+    @contextlib.contextmanager
+    def writing(self, version: int) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory(prefix="metadist-") as folder:
+            yield Path(folder)
+            self._safely(lambda: self._put(version, Path(folder)))
 
     def remove(self, version: int) -> None:
         def go() -> None:
@@ -180,6 +179,12 @@ class UrlStore:
 
     def _at(self, version: int, name: str = "") -> str:
         return f"{self._root}/{version:08d}" + (f"/{name}" if name else "")
+
+    def _put(self, version: int, folder: Path) -> None:
+        self._make(self._at(version))
+        self._unmark(version)
+        for path in sorted(folder.iterdir(), key=lambda path: (path.name == MARK, path.name)):
+            self._fs.put_file(str(path), self._at(version, path.name))
 
     def _unmark(self, version: int) -> None:
         if self._fs.exists(self._at(version, MARK)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -282,7 +283,7 @@ def fail_nth(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, nth: int) -
 
 @pytest.mark.parametrize(
     ("owner", "name", "nth"),
-    [(Path, "write_bytes", n) for n in (1, 2, 3)] + [(os, "fsync", n) for n in (1, 3)] + [(os, "rename", 1)],
+    [(checkpoints, "save_file", n) for n in (1, 2)] + [(Path, "write_bytes", 1)] + [(os, "fsync", n) for n in (1, 3)] + [(os, "rename", 1)],
 )
 def test_a_failed_write_leaves_the_earlier_one_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, nth: int
@@ -298,6 +299,18 @@ def test_a_failed_write_leaves_the_earlier_one_whole(
     assert (tmp_path / "latest").read_text() == "00000001\n"
     save(tmp_path, 2)
     assert newest(tmp_path)[0].version == 2
+
+
+def test_no_room_for_the_tensors_is_an_error_of_the_disk(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
+    try:
+        with pytest.raises(CheckpointError, match="00000002: cannot be written .*File too large"):
+            save(tmp_path, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert listing(tmp_path) == ["00000001", "latest"] and newest(tmp_path)[0].version == 1
 
 
 def test_an_interrupt_leaves_no_partial_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

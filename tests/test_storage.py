@@ -33,10 +33,19 @@ def save(store: Store, version: int, keep: int = 2, best: bool = False) -> None:
     save_checkpoint(store, snapshot, Layout.of(PARAMS), {"name": "run"}, None, {"tasks_seen": version}, keep, best)
 
 
+def put(store: Store, version: int, files: dict[str, bytes]) -> None:
+    with store.writing(version) as folder:
+        for name, data in files.items():
+            (folder / name).write_bytes(data)
+
+
 def test_a_version_comes_back_and_can_be_replaced(store: Store) -> None:
     assert store.versions() == [] and store.noted("latest") is None
-    store.write(7, FILES)
-    store.write(7, {"a.bin": b"three", "state.json": b"[]"})
+    put(store, 7, FILES)
+    put(store, 7, {"a.bin": b"three", "state.json": b"[]"})
+    with pytest.raises(ZeroDivisionError), store.writing(7) as folder:
+        (folder / "a.bin").write_bytes(b"four")
+        raise ZeroDivisionError
     store.note("latest", "00000007")
     assert store.versions() == [7] and store.noted("latest") == "00000007"
     assert (store.read(7, "a.bin"), store.size(7, "a.bin")) == (b"three", 5)
@@ -63,7 +72,7 @@ def test_what_was_cut_is_passed_over_by_its_place(store: Store, tmp_path: Path) 
         save(store, version)
     state = store.read(2, "state.json")
     tensors = {n: store.read(2, n) for n in ("meta_params.safetensors", "outer_state.safetensors")}
-    store.write(2, {**tensors, "meta_params.safetensors": b"cut", "state.json": state})
+    put(store, 2, {**tensors, "meta_params.safetensors": b"cut", "state.json": state})
     found, faults = newest_whole_checkpoint(store)
     assert found.version == 1 and "00000002/meta_params.safetensors: holds 3 bytes" in faults[0]
 
@@ -77,11 +86,11 @@ class Broken:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._fs, name)
 
-    def pipe_file(self, *args: Any) -> None:
+    def put_file(self, *args: Any) -> None:
         self._left -= 1
         if self._left == 0:
             raise self._error
-        self._fs.pipe_file(*args)
+        self._fs.put_file(*args)
 
 
 @pytest.mark.parametrize("nth", [1, 2, 3])

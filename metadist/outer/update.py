@@ -94,6 +94,7 @@ class MetaUpdate:
         # Vector instructions and what they leave over round differently: chunks make that the same in any shard.
         self._chunks = [torch.nn.Parameter(v) for v in self._cut(self.vector)]
         self.optimizer = _optimizer(self._chunks, options)
+        self._state: dict[str, Tensor] | None = None
 
     def prepare(self, gradient_sum: Tensor, tasks: float, own: bool = False) -> Prepared:
         """What an update with the mean over ``tasks`` of the meta-gradient needs; nothing has changed yet.
@@ -146,6 +147,8 @@ class MetaUpdate:
             chunk.grad = slope
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self._state is None:
+            self._join()
         for a, z, values in prepared.ruled:
             self.vector[a:z] = values
         self.version += 1
@@ -165,19 +168,34 @@ class MetaUpdate:
         """Views of a vector's chunks."""
         return [vector[a:z] for a, z in pairwise([*self._starts, len(vector)])]
 
-    def state(self) -> dict[str, Tensor]:
-        """The optimizer's tensors by name (``exp_avg [numel]``, ``step []`` ...), copied."""
-        held = [self.optimizer.state[chunk] for chunk in self._chunks]
-        names = [k for k, v in held[0].items() if isinstance(v, Tensor)]
-        return {k: torch.cat([h[k] for h in held]) if held[0][k].dim() else held[0][k].clone() for k in names}
+    def state(self, copy: bool = True) -> dict[str, Tensor]:
+        """The optimizer's tensors by name (``exp_avg [numel]``, ``step []`` ...); not copied, it goes on with them."""
+        return {k: v.clone() if copy else v for k, v in (self._state or {}).items()}
 
     def load(self, meta_params: Tensor, state: dict[str, Tensor], version: int) -> None:
         """Goes back to a vector, an optimizer state of :meth:`state` and a version."""
         self.vector.copy_(meta_params)
-        parts = {k: self._cut(v) if v.dim() else [v] * len(self._chunks) for k, v in state.items()}
-        for i, chunk in enumerate(self._chunks):
-            self.optimizer.state[chunk] = {k: v[i].clone() for k, v in parts.items()}
+        self._share({k: v.clone() for k, v in state.items()})
         self.version = version
+
+    def _join(self) -> None:
+        """Puts what the optimizer keeps for each chunk, once it has begun, side by side in one vector."""
+        held = [self.optimizer.state[chunk] for chunk in self._chunks]
+        names = [k for k, v in held[0].items() if isinstance(v, Tensor)]
+        joined: dict[str, Tensor] = {}
+        for k in names:
+            joined[k] = torch.cat([h[k] for h in held]) if held[0][k].dim() else held[0][k].clone()
+            for h in held:
+                del h[k]
+        self._share(joined)
+
+    def _share(self, state: dict[str, Tensor]) -> None:
+        """Lets the optimizer work on the parts of whole vectors; of a count each chunk has its own."""
+        counts = {k: [v, *(v.clone() for _ in self._chunks[1:])] for k, v in state.items() if not v.dim()}
+        parts = counts | {k: self._cut(v) for k, v in state.items() if v.dim()}
+        for i, chunk in enumerate(self._chunks):
+            self.optimizer.state[chunk] |= {k: v[i] for k, v in parts.items()}
+        self._state = state
 
 
 def _optimizer(chunks: list[torch.nn.Parameter], options: dict[str, Any]) -> torch.optim.Optimizer:

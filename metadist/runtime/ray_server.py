@@ -34,7 +34,8 @@ _START_TIMEOUT_S = 60.0
 @ray.remote
 class _Shard:
     def __init__(self, snapshot: dict[str, Any], options: dict[str, Any], threads: int, transport: Transport) -> None:
-        self._server, self._transport = ParameterServer.at(snapshot, options, threads), transport
+        # Views: what an actor returns is in the object store before its next call begins.
+        self._server, self._transport = ParameterServer.at(snapshot, options, threads, views=True), transport
 
     def ready(self) -> str:
         """The node it is on."""

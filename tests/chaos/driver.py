@@ -7,32 +7,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
-from metadist import files, storage
+from metadist import storage
 from metadist.cli import main
 
 
 def die_inside_write(nth: int) -> None:
     """Lets the ``nth`` checkpoint of this process be its end: some files whole, one cut, nothing renamed."""
-    original, left = storage.FolderStore.write, [nth]
+    original, left = storage.FolderStore.writing, [nth]
 
-    def write(self: storage.FolderStore, version: int, contents: Mapping[str, bytes]) -> None:
+    @contextlib.contextmanager
+    def writing(self: storage.FolderStore, version: int) -> Iterator[Path]:
         left[0] -= 1
-        if left[0]:
-            original(self, version, contents)
-            return
-        with files.whole_directory(self.directory / f"{version:08d}", replace=True) as partial:
-            names = list(contents)
-            for name in names[:-1]:
-                (partial / name).write_bytes(contents[name])
-            Path(partial / names[-1]).write_bytes(contents[names[-1]][:100])
-            os.kill(os.getpid(), signal.SIGKILL)
+        with original(self, version) as partial:
+            yield partial
+            if not left[0]:
+                os.truncate(partial / storage.MARK, 100)
+                os.kill(os.getpid(), signal.SIGKILL)
 
-    storage.FolderStore.write = write  # type: ignore[method-assign]
+    storage.FolderStore.writing = writing  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
