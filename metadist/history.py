@@ -92,7 +92,7 @@ def replayed(
     """
     worker = MetaWorker(experiment)
     try:
-        initial = worker.learner.initial_meta_params()
+        initial = experiment.learner().initial_meta_params()
         layout = Layout.of(initial)
         server = ParameterServer(layout.flatten(initial).numpy(), outer)
         weights, kept = {0: server.weights()}, experiment.config.runtime.max_staleness

@@ -6,6 +6,7 @@ bits.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,8 +20,9 @@ from metadist.episode import EpisodeBatch, Examples
 from metadist.errors import ConfigError, DataError
 from metadist.experiment import Experiment
 from metadist.inner import Engine, Tensors, choose_strategy, compiler_missing
-from metadist.inner.engine import Strategy
-from metadist.inner.memory import peak_bytes, predicted_peak_bytes
+from metadist.inner.engine import Strategy, drew_numbers
+from metadist.inner.memory import LARGE, draws_by_shapes, peak_bytes, predicted_peak_bytes
+from metadist.outer.gradient import Layout
 from metadist.progress import Progress
 
 
@@ -99,8 +101,17 @@ def _strategy(experiment: Experiment, traced: bool) -> tuple[Strategy, bool, str
     learner.plan = Plan(2, 2)
     params = learner.initial_meta_params()
 
-    def probe(engine: Engine) -> None:
-        learner.bind(learner.model, learner.objective, engine).meta_gradient(params, batch)
+    def probe(engine: Engine) -> bool:
+        bound = learner.bind(learner.model, learner.objective, engine)
+
+        def call(meta_params: Tensors, support: Examples, query: Examples) -> Any:
+            return bound.meta_gradient(meta_params, EpisodeBatch(support, query))
+
+        if Layout.of(params).nbytes >= LARGE:
+            # The process that trains nothing need not hold what training takes.
+            with contextlib.suppress(RuntimeError, NotImplementedError, TypeError):
+                return draws_by_shapes(call, params, batch.support, batch.query)
+        return drew_numbers(lambda: call(params, batch.support, batch.query))
 
     return choose_strategy(learner.model, probe, traced)
 

@@ -170,8 +170,10 @@ class _Training:
         decided = resolve(experiment)
         self.experiment, self.run, self.config = decided.experiment, run, decided.experiment.config
         self.learner: Algorithm = self.experiment.learner()
-        self.initial = self.learner.initial_meta_params()
-        self.layout = Layout.of(self.initial)
+        initial = self.learner.initial_meta_params()
+        self.layout = Layout.of(initial)
+        self.start: dict[str, Any] = {"version": 0, "weights": self.layout.flatten(initial).numpy(), "outer_state": {}}
+        self.learner.model.let_go_of_initial_params()
         self.metric = self.learner.objective.metric
         self.decided, self.memory, self.programs = decided, 0, 0
         self.progress = Progress()
@@ -222,27 +224,27 @@ class _Training:
         self.outer = outer_options(self.experiment, self.learner, self.layout)
         content_id = self.experiment.source(self.experiment.train_split).describe().get("content_id")
         self._open_evaluation_sources()
-        snapshot = self._first_snapshot(checkpoint, content_id)
+        if checkpoint is not None:
+            self.start = self._checked_snapshot(checkpoint, content_id)
         self.backend = open_backend(self.experiment)
         self.stop.listen()
         self.run.claim()
         self._count_restarts(resumed=checkpoint is not None)
         try:
-            self._run(snapshot, content_id, faults, started, resumed=checkpoint is not None)
+            self._run(content_id, faults, started, resumed=checkpoint is not None)
         finally:
             self.run.release()
 
-    def _run(
-        self, snapshot: dict[str, Any], content_id: str | None, faults: list[str], started: float, resumed: bool
-    ) -> None:
+    def _run(self, content_id: str | None, faults: list[str], started: float, resumed: bool) -> None:
         assert self.backend is not None
         self.content_id, self.base_wall_s, self.started = content_id, self.progress.wall_s, started
         self.code = code_version()
-        self.backend.start(snapshot, self.outer)
+        version = self.start["version"]
+        self.backend.start(self.start, self.outer)
         if self.config.checkpoint.path is not None:
             self.run.take(self.store)
         self.run.save_config(self.config)
-        self._start_trackers(snapshot["version"])
+        self._start_trackers(version)
         self.writer = CheckpointWriter(
             self.store, self.layout, self.config.model_dump(mode="json"), content_id, self.config.checkpoint,
             self.trackers.message, self.experiment.inputs().told(),
@@ -256,11 +258,12 @@ class _Training:
                 self.trackers.message(f"passed over a damaged checkpoint: {fault}")
             for line in self._notable():
                 self.trackers.message(line)
-            self.controller = self._controller(snapshot["version"])
+            self.controller = self._controller(version)
             if not resumed:
-                self._checkpoint(snapshot, last=True)  # a place that cannot be written is found now
+                self._checkpoint(self.start, last=True)  # a place that cannot be written is found now
+            self.start = {}  # the server has it: of a large model it would fill memory to no end
             self.run.begun = True
-            summary = self._through(snapshot["version"])
+            summary = self._through(version)
             code = 0
         except Interrupted as e:
             code = 128 + e.signum
@@ -343,9 +346,7 @@ class _Training:
                 "write max_staleness: 0 and quorum: 1.0",
             )
 
-    def _first_snapshot(self, checkpoint: Checkpoint | None, content_id: str | None) -> dict[str, Any]:
-        if checkpoint is None:
-            return {"version": 0, "weights": self.layout.flatten(self.initial).numpy(), "outer_state": {}}
+    def _checked_snapshot(self, checkpoint: Checkpoint, content_id: str | None) -> dict[str, Any]:
         check_fits(checkpoint, self.layout, content_id, self.run.path)
         if checkpoint.version > self.config.outer.steps:
             raise RunDirError(
@@ -518,8 +519,8 @@ class _Training:
         evaluation = self.config.evaluation
         version = self.config.outer.steps
         result = self._evaluate(version, evaluation.split, evaluation.episodes)
-        snapshot = self.backend.snapshot()
-        meta_params = self.layout.unflatten(torch.from_numpy(np.array(snapshot["weights"])))
+        weights = np.require(self.backend.snapshot()["weights"], requirements="W")
+        meta_params = self.layout.unflatten(torch.from_numpy(weights))
         totals = self._totals()
         summary = {
             "name": self.config.name,

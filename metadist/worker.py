@@ -16,8 +16,8 @@ from metadist.algorithms import Algorithm, TaskResults
 from metadist.device import gpu_state
 from metadist.episode import EpisodeBatch
 from metadist.experiment import DTYPES, Experiment
-from metadist.inner.memory import resident_growth
-from metadist.outer.gradient import Block, Layout, partial_sums
+from metadist.inner.memory import LARGE, hand_back_what_is_freed, resident_growth
+from metadist.outer.gradient import HOLD_OF_LEASE, Block, Layout, TreeSum
 from metadist.outer.wire import ErrorFeedback
 from metadist.rounds import Lease, Moment, Report, Round
 from metadist.seeding import Rng
@@ -60,7 +60,11 @@ class MetaWorker:
         self.dtype = DTYPES[experiment.config.engine.precision]
         self.learner: Algorithm = experiment.learner(self.device)
         self.layout = Layout.of(self.learner.initial_meta_params())
+        self.learner.model.let_go_of_initial_params()
+        if self.layout.nbytes >= LARGE:
+            hand_back_what_is_freed()
         self._prefetch = Prefetcher(self._episodes)
+        self._flat = torch.empty(self.layout.numel, dtype=self.layout.dtype)
         self._held: tuple[int, dict[str, torch.Tensor]] | None = None
         self._memory = resident_growth()
         runtime = experiment.config.runtime
@@ -78,8 +82,10 @@ class MetaWorker:
             with ``runtime.wire: bfloat16``.
         """
         params = self._params(lease.round.version, weights)
-        results, waited, started = [], 0.0, time.perf_counter()
+        metrics: list[dict[str, torch.Tensor]] = []
+        sums = TreeSum(lease.round.microbatches, hold=HOLD_OF_LEASE)
         bad: list[int] = []
+        waited, started = 0.0, time.perf_counter()
         for m in range(lease.start, lease.stop):
             batch, wait = self._prefetch.get(lease.round, m)
             waited += wait
@@ -89,18 +95,17 @@ class MetaWorker:
                 self._prefetch.request(_following(lease.round), lease.start)
             result = self._microbatch(lease.round, m, params, batch)
             bad += self._not_finite(lease.round, m, params, batch, result)
-            results.append(result)
+            metrics.append(result.metrics)
+            if lease.round.kind == "train":
+                sums.add(Block(0, m), self.layout.flatten(result.gradient).numpy())
+            del result
         elapsed = time.perf_counter() - started
-        metrics = {
-            k: np.concatenate([r.metrics[k].double().cpu().numpy().reshape(-1) for r in results])
-            for k in results[0].metrics
+        told = {
+            k: np.concatenate([some[k].double().cpu().numpy().reshape(-1) for some in metrics]) for k in metrics[0]
         }
         programs, gpu = self.learner.engine.programs, gpu_state(self.device)
-        report = Report(lease, metrics, elapsed - waited, waited, bad, self._memory(), programs, gpu)
-        if lease.round.kind == "evaluate":
-            return report, {}
-        flat = (self.layout.flatten(r.gradient).numpy() for r in results)
-        blocks = partial_sums(lease.start, flat, lease.round.microbatches)
+        report = Report(lease, told, elapsed - waited, waited, bad, self._memory(), programs, gpu)
+        blocks = sums.held() if lease.round.kind == "train" else {}
         return report, blocks if self._feedback is None else self._feedback.rounded(blocks)
 
     def close(self) -> None:
@@ -111,7 +116,9 @@ class MetaWorker:
     def _params(self, version: int, weights: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
         if self._held is None or self._held[0] != version:
             # A copy: the arrays may lie in memory shared with every process of the node.
-            named = self.layout.unflatten(torch.from_numpy(np.concatenate(weights)))
+            self._held = None
+            np.concatenate(weights, out=self._flat.numpy())
+            named = self.layout.unflatten(self._flat)
             self._held = version, {k: v.to(self.device) for k, v in named.items()}
         return self._held[1]
 

@@ -283,7 +283,8 @@ def fail_nth(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, nth: int) -
 
 @pytest.mark.parametrize(
     ("owner", "name", "nth"),
-    [(checkpoints, "save_file", n) for n in (1, 2)] + [(Path, "write_bytes", 1)] + [(os, "fsync", n) for n in (1, 3)] + [(os, "rename", 1)],
+    [(checkpoints, "save_file", 1), (checkpoints, "save_file", 2), (Path, "write_bytes", 1)]
+    + [(os, "fsync", 1), (os, "fsync", 3), (os, "rename", 1)],
 )
 def test_a_failed_write_leaves_the_earlier_one_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, nth: int

@@ -10,7 +10,9 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from torch import nn
 
+from metadist import resolve as resolve_module
 from metadist.cli import main
 from metadist.config import validate
 from metadist.errors import ConfigError
@@ -94,6 +96,41 @@ def test_each_inner_step_adds_a_copy_of_the_parameters_where_steps_are_recompute
     learner = experiment().learner()
     size = sum(v.numel() * v.itemsize for v in learner.initial_meta_params().values()) * TASKS
     assert (peak(10) - peak(2)) / 8 <= 1.2 * size
+
+
+class Dropped(nn.Module):
+    """Dropout that no module's type shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(784, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(nn.functional.dropout(x.flatten(1), 0.5, training=self.training))
+
+
+class Forked(Dropped):
+    """Looks at a value."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.out(x.flatten(1))
+        return y if y.sum() > 0 else 2 * y
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize(
+    "name, model", [("maml", None), ("anil", None), ("mann", None), ("maml", Dropped), ("maml", Forked)]
+)
+def test_shapes_alone_tell_how_a_large_model_is_computed(
+    name: str, model: Any, traced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Experiment(validate(sections(name)), model=model)
+    wanted = resolve_module._strategy(made, traced)
+    monkeypatch.setattr(resolve_module, "LARGE", 0)
+    if model is not Forked and name != "mann":  # what shapes do not tell is computed
+        monkeypatch.setattr(resolve_module, "drew_numbers", None)
+    assert resolve_module._strategy(made, traced) == wanted
+    assert wanted[0] == {Dropped: "loop", Forked: "adjoint", None: "vectorised"}[model]
 
 
 def test_a_budget_that_nothing_keeps_is_refused() -> None:

@@ -176,7 +176,7 @@ class Engine:
 
 
 def choose_strategy(
-    model: FunctionalModel, probe: Callable[[Engine], Any], traced: bool = False
+    model: FunctionalModel, probe: Callable[[Engine], bool], traced: bool = False
 ) -> tuple[Strategy, bool, str]:
     """The fastest strategy the model admits, whether it can be traced, and why not if it is not the one hoped for.
 
@@ -184,7 +184,8 @@ def choose_strategy(
 
     Args:
         model: the model.
-        probe: runs one microbatch with the engine it is given; raises if the engine cannot.
+        probe: runs one microbatch with the engine it is given; whether it drew random numbers (:func:`drew_numbers`).
+            Raises if the engine cannot.
         traced: whether tracing is hoped for.
     """
     random = "the model draws random numbers (dropout), which every pass over a task must repeat"
@@ -193,16 +194,21 @@ def choose_strategy(
     reason = ""
     hopes: tuple[tuple[Strategy, bool], ...] = (("vectorised", True), ("vectorised", False), ("adjoint", False))
     for strategy, trace in hopes if traced else hopes[1:]:
-        drawn = torch.get_rng_state()
         try:
-            probe(Engine(strategy, "trace" if trace else False))
             # Not every module that draws shows it by its type: F.dropout, the dropout of an LSTM.
-            drew = not torch.equal(drawn, torch.get_rng_state())
+            drew = probe(Engine(strategy, "trace" if trace else False))
             return ("loop", False, random) if drew else (strategy, trace, reason)
         except (RuntimeError, NotImplementedError, TypeError) as e:
             reason = first_line(e)
             log.debug("strategy %s is out: %s", strategy, reason)
     return "loop", False, reason
+
+
+def drew_numbers(call: Callable[[], Any]) -> bool:
+    """Whether ``call()`` drew random numbers."""
+    before = torch.get_rng_state()
+    call()
+    return not torch.equal(before, torch.get_rng_state())
 
 
 def _vectorised(

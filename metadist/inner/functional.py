@@ -66,6 +66,11 @@ class FunctionalModel:
         """The module's parameters, each a detached copy."""
         return {k: v.detach().clone() for k, v in self.module.named_parameters()}
 
+    def let_go_of_initial_params(self) -> None:
+        """From now on the module's own parameters have their shapes but take no memory: calls bring their own."""
+        for parameter in self.module.parameters():
+            parameter.data = parameter.data.new_zeros(()).expand(parameter.shape)
+
     def __call__(
         self,
         params: Mapping[str, Tensor],

@@ -8,8 +8,9 @@ what an allocator keeps for later are not in it.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -38,11 +39,37 @@ def predicted_peak_bytes(call: Callable[..., Any], *arguments: Any) -> int:
     Raises:
         RuntimeError, NotImplementedError, TypeError: what ``call`` does depends on values.
     """
+    with _shapes_of(arguments) as shapes:
+        call(*shapes)
+        return peak_bytes(lambda: call(*shapes))
+
+
+def draws_by_shapes(call: Callable[..., Any], *arguments: Any) -> bool:
+    """Whether ``call(*arguments)`` draws random numbers, without computing it or holding any of it.
+
+    Args, Raises: as of :func:`predicted_peak_bytes`.
+    """
+    with _shapes_of(arguments) as shapes, _Draws() as draws:
+        call(*shapes)
+    return draws.seen
+
+
+@contextlib.contextmanager
+def _shapes_of(arguments: Any) -> Iterator[Any]:
+    """Within it, tensors are made with shapes but no values; the arguments as such tensors."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
-        arguments = pytree.tree_map_only(Tensor, mode.from_tensor, arguments)
-        call(*arguments)
-        return peak_bytes(lambda: call(*arguments))
+        yield pytree.tree_map_only(Tensor, mode.from_tensor, arguments)
+
+
+class _Draws(TorchDispatchMode):
+    """Notes whether an operator draws random numbers."""
+
+    seen = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen = self.seen or torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
 
 
 class _Tally(TorchDispatchMode):
@@ -72,6 +99,26 @@ class _Tally(TorchDispatchMode):
 
     def _dropped(self, key: int) -> None:
         self.now -= self._alive.pop(key, 0)
+
+
+LARGE = 1 << 27
+"""Bytes of parameters from which copies of them are what fills a machine's memory."""
+
+
+_MALLOPT = {-3: 1 << 25, -4: 1 << 16}  # blocks of 32 MB and more are mapped, at most 65536 at a time
+
+
+def hand_back_what_is_freed() -> None:
+    """Hands what this process has freed back to the system, and from now on large blocks as soon as they are freed.
+
+    Workers and servers keep it (their environment says so), as pages of new blocks cost time. Of a large model that
+    would be copies which nobody needs, and holes between them. Nothing happens where the allocator is not glibc's.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        for option, value in _MALLOPT.items():
+            libc.mallopt(option, value)
+        libc.malloc_trim(0)
 
 
 def resident_growth() -> Callable[[], int]:

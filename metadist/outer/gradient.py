@@ -47,6 +47,11 @@ class Layout:
         return sum(self.sizes)
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the vector."""
+        return self.numel * self.dtype.itemsize
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of the vector: the widest of the tensors', and float32 at least."""
         wide = torch.float32
@@ -88,6 +93,10 @@ class Layout:
             raise ValueError(f"the vector holds {tuple(flat.shape)} numbers, this layout has {self.numel}")
         parts = zip(self.names, self.shapes, self.dtypes, torch.split(flat, self.sizes), strict=True)
         return {name: part.view(shape).to(dtype) for name, shape, dtype, part in parts}
+
+
+HOLD_OF_LEASE = 1 << 28
+"""Bytes of gradients that may wait where a lease is computed until they are summed."""
 
 
 class Block(NamedTuple):
@@ -251,7 +260,7 @@ def partial_sums(start: int, values: Iterable[np.ndarray], count: int) -> dict[B
         values: one vector a microbatch.
         count: microbatches of the whole meta-batch.
     """
-    tree = TreeSum(count, hold=1 << 28)
+    tree = TreeSum(count, hold=HOLD_OF_LEASE)
     for m, value in enumerate(values, start):
         tree.add(Block(0, m), value)
     return tree.held()
@@ -276,5 +285,5 @@ def sha256_of(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         t = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}\0{str(t.dtype).removeprefix('torch.')}\0{','.join(map(str, t.shape))}\0".encode())
-        digest.update(memoryview(t.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(t.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metadist.inner.memory import LARGE, hand_back_what_is_freed
 from metadist.outer import vectors
 
 _CHUNK = 1 << 16
@@ -90,6 +91,7 @@ class MetaUpdate:
     def __init__(self, meta_params: Tensor, options: dict[str, Any], version: int = 0) -> None:
         self.options, self.version = options, version
         self.vector = meta_params.detach().clone()
+        self._tidy()
         self._starts = chunk_starts(options.get("sizes", [self.vector.numel()]))
         # Vector instructions and what they leave over round differently: chunks make that the same in any shard.
         self._chunks = [torch.nn.Parameter(v) for v in self._cut(self.vector)]
@@ -188,6 +190,11 @@ class MetaUpdate:
             for h in held:
                 del h[k]
         self._share(joined)
+        self._tidy()
+
+    def _tidy(self) -> None:
+        if self.vector.nbytes >= LARGE:
+            hand_back_what_is_freed()
 
     def _share(self, state: dict[str, Tensor]) -> None:
         """Lets the optimizer work on the parts of whole vectors; of a count each chunk has its own."""

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from metadist.algorithms import MAML, Algorithm, TaskResults, resolve_objective
 from metadist.episode import EpisodeBatch, Examples
 from metadist.inner import Engine, FunctionalModel, Tensors, choose_strategy, gradients
-from metadist.inner.engine import Strategy
+from metadist.inner.engine import Strategy, drew_numbers
 from metadist.models import MLP, Conv4
 
 STRATEGIES: tuple[Strategy, ...] = ("vectorised", "adjoint", "loop")
@@ -245,8 +245,9 @@ def strategy_of(module: nn.Module, batch: EpisodeBatch, steps: int, traced: bool
     learner = maml(module, batch, inner_steps=steps)
     params = learner.initial_meta_params()
 
-    def probe(engine: Engine) -> None:
-        learner.bind(learner.model, learner.objective, engine).meta_gradient(params, batch)
+    def probe(engine: Engine) -> bool:
+        bound = learner.bind(learner.model, learner.objective, engine)
+        return drew_numbers(lambda: bound.meta_gradient(params, batch))
 
     return choose_strategy(learner.model, probe, traced)
 

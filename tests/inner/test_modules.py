@@ -12,7 +12,7 @@ from metadist.algorithms import MAML, resolve_objective
 from metadist.algorithms.base import TaskResults
 from metadist.episode import EpisodeBatch, Examples
 from metadist.inner import Engine, FunctionalModel, choose_strategy
-from metadist.inner.engine import Strategy
+from metadist.inner.engine import Strategy, drew_numbers
 from metadist.models import ResNet12
 
 
@@ -86,8 +86,11 @@ def test_the_right_strategy_gives_the_gradient_of_the_loop(make: Callable[[], nn
     model = FunctionalModel(module, dtype=torch.float64)
     probed: dict[tuple[str, bool], TaskResults] = {}
 
-    def probe(engine: Engine) -> None:
-        probed[engine.strategy, bool(engine.compile)] = learn(module, engine, kernels=True)
+    def probe(engine: Engine) -> bool:
+        def call() -> None:
+            probed[engine.strategy, bool(engine.compile)] = learn(module, engine, kernels=True)
+
+        return drew_numbers(call)
 
     strategy, traced, reason = choose_strategy(model, probe, traced=True)
     assert (strategy, traced) in strategies, reason
