@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -143,3 +144,18 @@ class Report:
     memory: int = 0
     programs: int = 0
     gpu: dict[str, float] = field(default_factory=dict)
+
+
+def sums_of(numbers: Iterable[int], count: int) -> int:
+    """How many partial sums are left of some microbatches when they are added as far as the tree allows.
+
+    Args:
+        numbers: of the microbatches.
+        count: microbatches of the whole sum (:class:`metadist.outer.gradient.TreeSum`).
+    """
+    level, width, left = set(numbers), count, 0
+    while width > 1 and level:
+        whole = {n >> 1 for n in level if n ^ 1 in level or n ^ 1 >= width}
+        left += sum(n >> 1 not in whole for n in level)
+        level, width = whole, (width + 1) // 2
+    return left + len(level)

@@ -405,7 +405,7 @@ class _Training:
             self.controller.begin(round)
         result = self.controller.finish()
         before = time.perf_counter()
-        stats = self.backend.commit(version, result.tasks, result.slots)
+        stats = self._commit(version, result)
         self.controller.committed()
         server_s = time.perf_counter() - before
         version += 1
@@ -420,6 +420,15 @@ class _Training:
         if keeps or best:
             self._checkpoint(snapshot or self.backend.snapshot(), best, last=last or stopping)
         return version
+
+    def _commit(self, version: int, result: RoundResult) -> dict[str, float]:
+        assert self.backend is not None
+        try:
+            return self.backend.commit(version, result.tasks, result.slots)
+        except FloatingPointError as e:
+            raise NonFiniteError(
+                f"step {version + 1}", f"{e}; no update was made of it", "lower outer.lr or algorithm.inner_lr"
+            ) from e
 
     def _evaluates(self, version: int) -> bool:
         every = self.config.evaluation.every

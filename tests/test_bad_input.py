@@ -13,6 +13,7 @@ from PIL import Image
 
 from metadist.cli import main
 from metadist.data import pack_arrays
+from metadist.runtime.local import LocalBackend
 from metadist.tracking.wandb_file import offline_runs, read_offline_run
 from tests.conftest import ROOT
 
@@ -241,3 +242,20 @@ def test_a_damaged_newest_checkpoint_is_passed_over_by_name(tmp_path):
     assert "passed over a damaged checkpoint" in result.output and "00000004/meta_params.safetensors" in result.output
     shutil.rmtree(run_dir / "checkpoints" / "00000004")
     shutil.rmtree(run_dir / "checkpoints" / "00000002")
+
+
+def test_an_update_that_overflows_ends_the_run_at_the_last_good_version(tmp_path, monkeypatch):
+    original = LocalBackend.commit
+
+    def commit(self, version, *rest):
+        if version == 2:
+            raise FloatingPointError("the norm of the meta-gradient is inf")
+        return original(self, version, *rest)
+
+    monkeypatch.setattr(LocalBackend, "commit", commit)
+    run_dir = tmp_path / "run"
+    words = [*SHORT, "outer.steps=4", "checkpoint.every=1", "tracking.wandb.mode=disabled"]
+    result = CliRunner().invoke(main, ["train", GLYPHS, *words, "--run-dir", str(run_dir)])
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
+    assert "step 3: the norm of the meta-gradient is inf; no update was made of it" in result.output
+    assert (run_dir / "checkpoints" / "latest").read_text() == "00000002\n"

@@ -18,7 +18,9 @@ from metadist.runtime.tokens import forget_token, token_refusal, turned_on_by_ra
 _CONNECT_TIMEOUT_S = 20.0
 # What is smaller goes within the messages, a Conv4's gradient among it: through the object store it costs every process
 # on its way another exchange with Ray's own.
-_WITHIN_MESSAGES = 1_000_000
+_WITHIN_MESSAGES, _BY_DEFAULT = 1_000_000, 100 * 1024
+_OVERHEAD = 4096
+_started: set[str] = set()
 # Ray starts a process for each CPU before anybody asks. Ours have an environment of their own: those would wait idle,
 # and take from the first seconds of a run what its workers need.
 _NOTHING_BEFOREHAND = {"enable_worker_prestart": False, "prestart_worker_first_driver": False}
@@ -49,6 +51,7 @@ def connect(runtime: RuntimeConfig) -> bool:
                 _system_config={"max_direct_call_object_size": _WITHIN_MESSAGES, **_NOTHING_BEFOREHAND},
                 **common,
             )
+        _started.add(ray.get_runtime_context().gcs_address)
         return True
     forget_token()
     _check_reachable(runtime.address)
@@ -62,6 +65,15 @@ def connect(runtime: RuntimeConfig) -> bool:
             or _unreachable(runtime.address, first_line(e))
         ) from e
     return True
+
+
+def within_messages() -> int:
+    """The bytes of an array that Ray surely sends within the message that would name it.
+
+    A cluster that :func:`connect` has not started may allow more than Ray does by itself, but does not say.
+    """
+    ours = ray.get_runtime_context().gcs_address in _started
+    return (_WITHIN_MESSAGES if ours else _BY_DEFAULT) - _OVERHEAD
 
 
 def plan_workers(runtime: RuntimeConfig, resources: dict[str, float]) -> tuple[int, float]:

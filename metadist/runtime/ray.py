@@ -24,7 +24,7 @@ from metadist.errors import ClusterError, MetadistError, ServerLostError, first_
 from metadist.experiment import Experiment
 from metadist.rounds import Lease
 from metadist.runtime.backend import Computed, Died, Event, Joined, Left, Moved
-from metadist.runtime.cluster import connect, draining_nodes, plan_workers, room_for_workers
+from metadist.runtime.cluster import connect, draining_nodes, plan_workers, room_for_workers, within_messages
 from metadist.runtime.ray_server import RayServer, cause_of, kill, server_is_gone
 from metadist.runtime.recovery import GiveUp, Kind, Limits, Loss, Losses
 from metadist.runtime.transport import Transport, transport_named
@@ -32,6 +32,8 @@ from metadist.worker import LeaseWorker, MetaWorker
 
 _START_TIMEOUT_S = 300.0
 _MEMBERSHIP_S = 1.0
+_COMPANY_S = 0.004
+"""How long a small gradient waits for others to be sent with it."""
 
 
 MakeWorker = Callable[[Experiment, str], LeaseWorker]
@@ -117,7 +119,7 @@ class RayBackend:
 
     def start(self, snapshot: dict[str, Any], outer: dict[str, Any]) -> None:
         self._experiment_ref, self._outer = ray.put(self._experiment), outer
-        self._server = RayServer(snapshot, outer, self._runtime, self._transport)
+        self._server = self._new_server(snapshot)
         self._begin(self._runtime.workers.min if isinstance(self._runtime.workers, WorkersRange) else 1)
         try:
             self.server.wait()
@@ -168,25 +170,37 @@ class RayBackend:
         for number, handle in list(self._handles.items()):
             for ref in [r for r in ([handle.starting] if handle.starting else list(handle.answers)) if r in arrived]:
                 if number in self._handles:
-                    events += self._heard(number, handle, ref)
+                    events += self._heard(number, handle, ref, arrived[ref])
         return events + self._leave()
 
-    def _arrived(self, timeout: float) -> set[ObjectRef]:
-        """The references that workers have answered; waits up to ``timeout`` seconds for one."""
+    def _arrived(self, timeout: float) -> dict[ObjectRef, Any]:
+        """The references that workers have answered, with what they said; waits up to ``timeout`` seconds for one.
+
+        A value is left out (None) where one of them cannot be had: each is to be asked by itself then.
+        """
         waiting = [r for h in self._handles.values() for r in ([h.starting] if h.starting else list(h.answers))]
         if not waiting:
             time.sleep(min(timeout, 0.1))
-            return set()
-        first, _ = ray.wait(waiting, num_returns=1, timeout=timeout)
+            return {}
+        first: list[ObjectRef] = []
+        if self._server is not None and self._server.holds_back:
+            first, _ = ray.wait(waiting, num_returns=1, timeout=min(timeout, _COMPANY_S))
+            if not first:
+                self._server.send_batch()
+        first = first or ray.wait(waiting, num_returns=1, timeout=timeout)[0]
         if not first:
-            return set()
+            return {}
         ready, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0)
-        return set(ready) | set(first)
+        arrived = list(dict.fromkeys(first + ready))
+        try:
+            return dict(zip(arrived, ray.get(arrived), strict=True))
+        except RayError:
+            return dict.fromkeys(arrived)
 
     def accept(self, lease: Lease, version: int, count: int, slot: int | None = None, weight: float = 1.0) -> None:
         handle, parts = self._answered.pop(lease.number)
         if not self._runtime.node_sums:
-            self.server.add([lease], version, count, parts, slot, weight)
+            self.server.add(lease, version, count, parts, slot, weight)
             return
         node = handle.node
         self.server.add_on_node(node, lease, version, count, parts)
@@ -227,8 +241,11 @@ class RayBackend:
         """
         self.server.close()
         self._unwanted = {lease.number for h in self._handles.values() for lease, _ in h.answers.values()}
-        self._server = RayServer(snapshot, self._outer, self._runtime, self._transport)
+        self._server = self._new_server(snapshot)
         self._server.wait()
+
+    def _new_server(self, snapshot: dict[str, Any]) -> RayServer:
+        return RayServer(snapshot, self._outer, self._runtime, self._transport, within_messages())
 
     def _move_server(self) -> None:
         """Away from nodes that are being drained, where nothing new is placed."""
@@ -279,9 +296,9 @@ class RayBackend:
         self._handles[self._next_worker] = Handle(actor, actor.ready.remote())
         self._next_worker += 1
 
-    def _heard(self, number: int, handle: Handle, ref: ObjectRef) -> list[Event]:
+    def _heard(self, number: int, handle: Handle, ref: ObjectRef, value: Any) -> list[Event]:
         try:
-            value = ray.get(ref)
+            value = ray.get(ref) if value is None else value
         except RayTaskError as e:
             cause = cause_of(e)
             if not isinstance(cause, RayError):

@@ -24,11 +24,15 @@ from metadist.outer.gradient import Block, TreeSum, placed
 from metadist.outer.partition import cut, joined_snapshot, part_of_options, part_of_snapshot
 from metadist.outer.update import norm_of
 from metadist.outer.wire import widened
-from metadist.rounds import Lease
+from metadist.rounds import Lease, sums_of
 from metadist.runtime.transport import Transport
 from metadist.server import ParameterServer
 
 _START_TIMEOUT_S = 60.0
+_MOST_AT_ONCE = 16
+"""Small gradients in one message."""
+_MOST_WITHIN = 8_000_000
+"""Bytes that all answers of one call may take within its message; Ray's own limit is 10 MB."""
 
 
 @ray.remote
@@ -51,8 +55,9 @@ class _Shard:
     def retract(self, slot: int) -> None:
         self._server.retract(slot)
 
-    def add(self, version: int, count: int, packed: Any, slot: int | None, weight: float) -> int:
-        return self._server.add(version, count, placed(_unpacked(self._transport, packed), slot, weight))
+    def add(self, version: int, count: int, slot: int | None, weight: float, *parts: Any) -> int:
+        given = (placed(_unpacked(self._transport, packed), slot, weight) for packed in parts)
+        return sum(self._server.add(version, count, blocks) for blocks in given)
 
     def squares(self, version: int, tasks: float, slots: Sequence[int] | None) -> list[float]:
         return self._server.squares(version, tasks, slots)
@@ -105,6 +110,15 @@ class _Sent:
 
 
 @dataclass
+class _Batch:
+    """Gradients for an update, some for each shard of the server, which go with the next message."""
+
+    version: int
+    count: int
+    parts: list[Sequence[ObjectRef]] = field(default_factory=list)
+
+
+@dataclass
 class _Gathering:
     """A node's sums, and the leases that are in them and have not left the node."""
 
@@ -121,18 +135,29 @@ class RayServer:
         snapshot, outer: as of :meth:`metadist.runtime.backend.Backend.start`.
         runtime: how many shards, and their threads.
         transport: how gradients come to it.
+        within: bytes of a gradient which Ray sends within the messages that would name it. What is so small is sent
+            with others, in one message, and cannot be lost on its way: nobody waits until it has come.
 
     ``weights`` are references to the present version's weights, one for each of ``cuts`` of the flat vector.
     """
 
     def __init__(
-        self, snapshot: dict[str, Any], outer: dict[str, Any], runtime: RuntimeConfig, transport: Transport
+        self,
+        snapshot: dict[str, Any],
+        outer: dict[str, Any],
+        runtime: RuntimeConfig,
+        transport: Transport,
+        within: int = 0,
     ) -> None:
         self._transport = transport
         self._placing: dict[str, Any] = {"num_cpus": 0, "max_restarts": 0, **transport.options}
         self.cuts = cut(outer["sizes"], runtime.server_shards)
         self._timeout_s = runtime.server_timeout_s
         self._sent: list[_Sent] = []
+        self._sure: list[ObjectRef] = []
+        self._batch = _Batch(-1, 0)
+        largest = max(z - a for a, z in self.cuts) * snapshot["weights"].itemsize
+        self._small = within // largest if transport.within_messages and largest * len(self.cuts) < _MOST_WITHIN else 0
         self._node_sums: dict[str, _Gathering] = {}
         # Shards compute nothing to speak of but move much: each on another node, as far as there are nodes. Where nodes
         # come and go they stay on the driver's, without which the run would end anyway.
@@ -159,19 +184,40 @@ class RayServer:
 
     def add(
         self,
-        leases: list[Lease],
+        lease: Lease,
         version: int,
         count: int,
         parts: Sequence[ObjectRef],
         slot: int | None = None,
         weight: float = 1.0,
     ) -> None:
-        """Sends each shard its part of what ``leases`` gave; the rest as of ``Backend.accept``."""
-        adding: list[ObjectRef] = [
-            shard.add.remote(version, count, part, slot, weight)
-            for shard, part in zip(self._shards, parts, strict=True)
-        ]
-        self._sent.append(_Sent(adding, leases, slot))
+        """Sends each shard its part of what a lease gave; the rest as of ``Backend.accept``."""
+        if sums_of(range(lease.start, lease.stop), lease.round.microbatches) > self._small:
+            self._sent.append(_Sent(self._add(version, count, slot, weight, [parts]), [lease], slot))
+        elif slot is not None or weight != 1.0:
+            self._sure += self._add(version, count, slot, weight, [parts])
+        else:
+            if (self._batch.version, self._batch.count) != (version, count) or len(self._batch.parts) >= _MOST_AT_ONCE:
+                self.send_batch()
+                self._batch = _Batch(version, count)
+            self._batch.parts.append(parts)
+
+    @property
+    def holds_back(self) -> bool:
+        """Whether small gradients wait for others to be sent with."""
+        return bool(self._batch.parts)
+
+    def send_batch(self) -> None:
+        """Sends what waits for others."""
+        batch, self._batch = self._batch, _Batch(-1, 0)
+        if batch.parts:
+            self._sure += self._add(batch.version, batch.count, None, 1.0, batch.parts)
+
+    def _add(
+        self, version: int, count: int, slot: int | None, weight: float, given: list[Sequence[ObjectRef]]
+    ) -> list[ObjectRef]:
+        columns = zip(self._shards, zip(*given, strict=True), strict=True)
+        return [shard.add.remote(version, count, slot, weight, *column) for shard, column in columns]
 
     def add_on_node(self, node: str, lease: Lease, version: int, count: int, parts: Sequence[ObjectRef]) -> None:
         """Sends a lease's gradients to the sums of the node they are on, which go on with :meth:`pass_on`."""
@@ -193,12 +239,14 @@ class RayServer:
         leases, gathering.leases = gathering.leases, []
         given: Any = gathering.actor.give.options(num_returns=len(self._shards)).remote(gathering.version)
         parts = list(given) if len(self._shards) > 1 else [given]
-        self.add(leases, gathering.version, gathering.count, parts)
+        # Whatever their size: they are on their way from a node that may be gone.
+        self._sent.append(_Sent(self._add(gathering.version, gathering.count, None, 1.0, [parts]), leases))
 
     def settle(self) -> list[Lease]:
         """See :meth:`metadist.runtime.backend.Backend.settle`."""
         for node in self._node_sums:
             self.pass_on(node)
+        self.send_batch()
         sent, self._sent = self._sent, []
         lost: dict[int, Lease] = {}
         for message in [] if self._all_came(sent) else sent:
@@ -213,13 +261,15 @@ class RayServer:
 
     def commit(self, version: int, tasks: float, slots: Sequence[int] | None = None) -> dict[str, float]:
         """See :meth:`metadist.runtime.backend.Backend.commit`."""
+        sure, self._sure = self._sure, []
         norm = None
         if len(self._shards) > 1:
             squares = [s.squares.remote(version, tasks, slots) for s in self._shards]
             norm = norm_of(itertools.chain(*self._got(squares)))
         made: list[Any] = [s.commit.options(num_returns=2).remote(version, tasks, norm, slots) for s in self._shards]
-        result: dict[str, float] = self._got([stats for _, stats in made])[0]
+        told: list[Any] = self._got(sure + [stats for _, stats in made])
         self.weights = [weights for weights, _ in made]
+        result: dict[str, float] = told[-1]
         return result
 
     def snapshot(self) -> dict[str, Any]:

@@ -26,6 +26,8 @@ class Transport(Protocol):
     """
 
     options: Mapping[str, Any]
+    within_messages: bool
+    """Whether what is small goes within messages, so that nothing of it is lost with a process."""
 
     def check(self) -> None:
         """Called in the process of each worker, and of each shard of the server, before it has anything to do.
@@ -45,6 +47,7 @@ class ObjectStore:
     """Ray's object store: read without a copy on the node they were computed on, sent once to any other."""
 
     options: Mapping[str, Any] = {}
+    within_messages = True
 
     def check(self) -> None:
         """It is always there."""
@@ -65,6 +68,7 @@ class Nixl:
     """
 
     options: Mapping[str, Any] = {"enable_tensor_transport": True}
+    within_messages = False
 
     def check(self) -> None:
         """See :meth:`Transport.check`."""

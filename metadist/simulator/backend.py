@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 
 from metadist.errors import ServerLostError
-from metadist.rounds import Lease, Report
+from metadist.rounds import Lease, Report, sums_of
 from metadist.runtime.backend import Computed, Died, Event, Joined
 from metadist.simulator.cluster import BYTES_A_NUMBER, Arrangement, Cluster, Work
 from metadist.simulator.events import Events, Link, Process, Shared, Then
 
+WITHIN_MESSAGES = 1e6
+"""Bytes of a gradient that goes within messages, for which nobody waits (:mod:`metadist.runtime.cluster`)."""
 HOLD_BYTES = float(1 << 31)
 """Gradients that a shard lets wait before it adds them up (:class:`metadist.outer.gradient.TreeSum`)."""
 
@@ -141,7 +143,8 @@ class SimulatedBackend:
     def settle(self) -> list[Lease]:
         for node in self.nodes:
             self._pass_on(node)
-        self.events.run(lambda: not self._on_their_way)
+        if self._gradient_bytes > WITHIN_MESSAGES:
+            self.events.run(lambda: not self._on_their_way)
         return []
 
     def commit(self, version: int, tasks: float, slots: Sequence[int] | None = None) -> dict[str, float]:
@@ -439,18 +442,3 @@ class SimulatedAllReduce(SimulatedBackend):
         for rank, worker in enumerate(self._workers.values()):
             self._in_turn(worker.node, cpu_s(rank), memory_s(rank), lambda: done.append(True))
         self.events.run(lambda: len(done) == len(self._workers))
-
-
-def sums_of(numbers: Iterable[int], count: int) -> int:
-    """How many partial sums are left of some microbatches when they are added as far as the tree allows.
-
-    Args:
-        numbers: of the microbatches.
-        count: microbatches of the whole sum (see :func:`metadist.outer.gradient.partial_sums`).
-    """
-    level, width, left = set(numbers), count, 0
-    while width > 1 and level:
-        whole = {n >> 1 for n in level if n ^ 1 in level or n ^ 1 >= width}
-        left += sum(n >> 1 not in whole for n in level)
-        level, width = whole, (width + 1) // 2
-    return left + len(level)

@@ -24,6 +24,7 @@ class LosesOnce:
     """By reference to what its maker keeps, as a direct transport does; one of them, the fifth, is lost on its way."""
 
     options: Mapping[str, Any] = {}
+    within_messages = False
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

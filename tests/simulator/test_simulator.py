@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metadist.outer.gradient import partial_sums
+from metadist.rounds import sums_of
 from metadist.simulator import (
     PARTS,
     Arrangement,
@@ -24,7 +25,6 @@ from metadist.simulator import (
     split,
     without,
 )
-from metadist.simulator.backend import sums_of
 from metadist.simulator.events import Events, Link, Process, Shared
 
 FREE = Cluster()

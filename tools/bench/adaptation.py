@@ -25,7 +25,7 @@ Peers come from the folder --peers; what is not there is listed with the reason.
   pip install --no-deps --target .peers higher==0.2.1 torchopt==0.7.3 torchmeta==1.8.0 parallel-metalearn==0.5.6 \\
       optree graphviz tqdm ordered-set
   pip install --target .peers-build cython setuptools wheel
-  CYTHON_FORCE_REGEN=1 PYTHONPATH=.peers-build pip install --no-deps --target .peers --use-pep517 \\
+  CYTHON_FORCE_REGEN=1 PYTHONPATH=$PWD/.peers-build pip install --no-deps --target .peers --use-pep517 \\
       --no-build-isolation --config-settings=--global-option=build_ext learn2learn==0.2.0
 
 (--no-deps as some ask for an old torch; what they import for data sets alone is replaced by empty stand-ins;

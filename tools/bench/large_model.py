@@ -101,7 +101,9 @@ def _tree(root: int) -> Iterator[tuple[str, int, int]]:
         yield kind, sizes.get("RssAnon", 0), sizes.get("RssShmem", 0)
 
 
-def run(parameters: int, layers: int, workers: int, shards: int, steps: int, folder: Path) -> tuple[Memory, dict[str, Any]]:
+def run(
+    parameters: int, layers: int, workers: int, shards: int, steps: int, folder: Path
+) -> tuple[Memory, dict[str, Any]]:
     """Trains, watched; the memory and the summary."""
     width = round(math.sqrt(parameters / layers))
     words = {
