@@ -16,8 +16,9 @@ START = np.linspace(-1, 1, 7, dtype=np.float32)
 MICROBATCHES, TASKS = 5, 10
 
 
-def server(**changes: Any) -> ParameterServer:
-    return ParameterServer(START, OuterConfig(**{"lr": 0.05, "steps": 10, **changes}).model_dump())
+def server(views: bool = False, **changes: Any) -> ParameterServer:
+    options = OuterConfig(**{"lr": 0.05, "steps": 10, **changes}).model_dump()
+    return ParameterServer(START, options, views=views)
 
 
 def values(version: int) -> list[np.ndarray]:
@@ -119,6 +120,21 @@ def test_weights_handed_out_and_in_are_copies() -> None:
     mine[:] = 0
     s.weights()[:] = 0
     assert s.weights().tobytes() == START.tobytes()
+
+
+def test_views_are_of_what_it_holds() -> None:
+    s = server(views=True)
+    weights, _ = step(s, 0)
+    snapshot = s.snapshot()
+    assert np.shares_memory(weights, s.weights()) and np.shares_memory(weights, snapshot["weights"])
+    assert np.shares_memory(snapshot["outer_state"]["exp_avg"], s.snapshot()["outer_state"]["exp_avg"])
+    before = weights.copy()
+    step(s, 1)
+    assert not np.array_equal(before, weights), "the next update was not made in place"
+    plain = server()
+    step(plain, 0)
+    step(plain, 1)
+    assert weights.tobytes() == plain.weights().tobytes()
 
 
 def test_a_retracted_gradient_leaves_its_place_to_another() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 
 import torch
+from torch import nn
 
+from metadist.inner import FunctionalModel
 from metadist.inner.memory import peak_bytes, predicted_peak_bytes, resident_growth
 
 MB = 1 << 20
@@ -68,3 +70,14 @@ def test_growth_is_since_now() -> None:
     assert 56 * MB < growth() < 96 * MB
     del kept
     assert growth() > 56 * MB, "the largest, not the last"
+
+
+def test_a_model_that_let_go_computes_as_before_and_holds_nothing() -> None:
+    torch.manual_seed(0)
+    model = FunctionalModel(nn.Sequential(nn.Linear(8, 1000), nn.ReLU(), nn.Linear(1000, 4)))
+    params, x = model.initial_params(), torch.randn(3, 8)
+    before = model(params, x)
+    model.let_go_of_initial_params()
+    assert sum(p.untyped_storage().nbytes() for p in model.module.parameters()) == 4 * 4
+    assert {k: v.shape for k, v in model.initial_params().items()} == {k: v.shape for k, v in params.items()}
+    assert torch.equal(model(params, x), before)
