@@ -43,7 +43,7 @@ class _StandIn(types.ModuleType):
 
 
 class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds what peers import for their data sets and environments alone, where it is not installed."""
+    """Finds what peers import for their data sets and environments alone, also where it is installed and broken."""
 
     roots = ("torchvision", "gym", "h5py", "qpth", "cvxpy", "scipy", "sklearn", "pandas", "pytorch_lightning")
 
@@ -63,7 +63,7 @@ class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 @contextmanager
 def _stand_ins() -> Iterator[None]:
     finder, before = _StandIns(), set(sys.modules)
-    sys.meta_path.append(finder)
+    sys.meta_path.insert(0, finder)
     try:
         yield
     finally:
