@@ -81,7 +81,7 @@ def plainly(versions: int) -> bytes:
     return server.weights().tobytes()
 
 
-@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("shards", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_they_go_together_and_nobody_waits(backend: Callable[..., RayBackend], shards: int) -> None:
     run = backend(server_shards=shards)
     assert clusters.within_messages() > NUMEL * 4
@@ -118,6 +118,7 @@ def test_a_server_that_dies_meanwhile_is_lost(backend: Callable[..., RayBackend]
         run.commit(0, MICROBATCHES)
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_too_large_is_waited_for(
     backend: Callable[..., RayBackend], monkeypatch: pytest.MonkeyPatch
 ) -> None:
