@@ -177,7 +177,10 @@ class MetaUpdate:
     def load(self, meta_params: Tensor, state: dict[str, Tensor], version: int) -> None:
         """Goes back to a vector, an optimizer state of :meth:`state` and a version."""
         self.vector.copy_(meta_params)
-        self._share({k: v.clone() for k, v in state.items()})
+        self.optimizer.state.clear()
+        self._state = None
+        if state:
+            self._share({k: v.clone() for k, v in state.items()})
         self.version = version
 
     def _join(self) -> None:

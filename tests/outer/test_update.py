@@ -163,6 +163,20 @@ def test_a_restored_update_continues_bit_for_bit(changes: dict[str, Any]) -> Non
     assert all(torch.equal(v, whole.state()[k]) for k, v in second.state().items())
 
 
+@pytest.mark.parametrize("changes", [c for c, _ in OPTIMIZERS], ids=["adam", "adamw", "sgd"])
+def test_an_update_taken_back_to_its_start_has_forgotten_and_remembers_anew(changes: dict[str, Any]) -> None:
+    fresh, again = MetaUpdate(start(), options(**changes)), MetaUpdate(start(), options(**changes))
+    again.apply(gradients()[0], TASKS)
+    again.load(start(), {}, 0)
+    assert again.state() == {}
+    for g in gradients()[1:3]:
+        fresh.apply(g, TASKS)
+        again.apply(g, TASKS)
+    assert torch.equal(again.vector, fresh.vector)
+    assert again.state().keys() == fresh.state().keys()
+    assert all(torch.equal(v, fresh.state()[k]) for k, v in again.state().items())
+
+
 # --------------------------------------------------------------------------- what no optimizer moves
 
 AVERAGE, REPLACE = {"kind": "average", "rate": 0.25}, {"kind": "replace", "rate": 1.0}
