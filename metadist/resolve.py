@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import Any
 
-from metadist.algorithms import Plan
+from metadist.algorithms import Algorithm, Plan
 from metadist.config import in_words
 from metadist.episode import EpisodeBatch, Examples
 from metadist.errors import ConfigError, DataError
@@ -102,11 +102,7 @@ def _strategy(experiment: Experiment, traced: bool) -> tuple[Strategy, bool, str
     params = learner.initial_meta_params()
 
     def probe(engine: Engine) -> bool:
-        bound = learner.bind(learner.model, learner.objective, engine)
-
-        def call(meta_params: Tensors, support: Examples, query: Examples) -> Any:
-            return bound.meta_gradient(meta_params, EpisodeBatch(support, query))
-
+        call = _microbatch_of(learner.bind(learner.model, learner.objective, engine))
         if Layout.of(params).nbytes >= LARGE:
             # The process that trains nothing need not hold what training takes.
             with contextlib.suppress(RuntimeError, NotImplementedError, TypeError):
@@ -114,6 +110,15 @@ def _strategy(experiment: Experiment, traced: bool) -> tuple[Strategy, bool, str
         return drew_numbers(lambda: call(params, batch.support, batch.query))
 
     return choose_strategy(learner.model, probe, traced)
+
+
+def _microbatch_of(learner: Algorithm) -> Callable[[Tensors, Examples, Examples], Any]:
+    """A microbatch's meta-gradient as a function of tensors alone, which can be run on shapes."""
+
+    def call(meta_params: Tensors, support: Examples, query: Examples) -> Any:
+        return learner.meta_gradient(meta_params, EpisodeBatch(support, query))
+
+    return call
 
 
 # --------------------------------------------------------------------------- memory
@@ -135,10 +140,7 @@ def predicted_memory(experiment: Experiment) -> int:
         engine = Engine(engine.strategy, "trace", engine.recompute, engine.together)
         learner.bind(learner.model, learner.objective, engine)
     params, batch = learner.initial_meta_params(), experiment.first_tasks(tasks)
-
-    def call(meta_params: Tensors, support: Examples, query: Examples) -> Any:
-        return learner.meta_gradient(meta_params, EpisodeBatch(support, query))
-
+    call = _microbatch_of(learner)
     try:
         return predicted_peak_bytes(call, params, batch.support, batch.query)
     except (RuntimeError, NotImplementedError, TypeError):

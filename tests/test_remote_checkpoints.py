@@ -82,9 +82,9 @@ def check_a_life_elsewhere(url: str, undisturbed: str, folder: Path) -> None:
     told = train(folder / "second", there, code=2)
     assert "holds checkpoints of another run" in told and not (folder / "second").exists()
     # Cut in the newest, and a later one that was never finished.
-    with open_store(url).writing(6) as folder:
-        (folder / "meta_params.safetensors").write_bytes(b"cut")
-        (folder / "state.json").write_bytes(b"{}")
+    with open_store(url).writing(6) as version:
+        (version / "meta_params.safetensors").write_bytes(b"cut")
+        (version / "state.json").write_bytes(b"{}")
     metadist("resume", run_dir)
     assert sha(run_dir) == undisturbed
     shutil.rmtree(run_dir)

@@ -13,6 +13,12 @@ from metadist.rounds import Lease, Report
 ALLOCATOR = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000:glibc.malloc.top_pad=67108864"
 """``GLIBC_TUNABLES`` of worker processes."""
 
+WITHIN_MESSAGES = 1_000_000
+"""Bytes of an array that goes within messages on a Ray started here, a Conv4's gradient among them.
+
+Through the object store it costs every process on its way another exchange with Ray's own.
+"""
+
 
 @dataclass(frozen=True)
 class Computed:
@@ -108,7 +114,11 @@ class Backend(Protocol):
         """Lets go of the gradients of an answered lease."""
 
     def settle(self) -> list[Lease]:
-        """Waits until what was accepted has come to the server; the leases of which it did not, and never will."""
+        """Waits until what was accepted has come to the server, but for what cannot be lost on its way.
+
+        Returns:
+            The leases of which it did not come, and never will.
+        """
 
     def commit(self, version: int, tasks: float, slots: Sequence[int] | None = None) -> dict[str, float]:
         """Makes the next version of the gradients that were accepted and have settled; returns the update's statistics.

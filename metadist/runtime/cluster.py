@@ -12,15 +12,15 @@ from ray.exceptions import RayError
 
 from metadist.config.schema import RuntimeConfig, WorkersRange
 from metadist.errors import ClusterError, first_line
-from metadist.runtime.backend import ALLOCATOR
+from metadist.runtime.backend import ALLOCATOR, WITHIN_MESSAGES
 from metadist.runtime.tokens import forget_token, token_refusal, turned_on_by_ray, use_token_given
 
 _CONNECT_TIMEOUT_S = 20.0
-# What is smaller goes within the messages, a Conv4's gradient among it: through the object store it costs every process
-# on its way another exchange with Ray's own.
-_WITHIN_MESSAGES, _BY_DEFAULT = 1_000_000, 100 * 1024
+_WITHIN_BY_DEFAULT = 100 * 1024
 _OVERHEAD = 4096
+"""Bytes that a message has beside the array in it, at the most."""
 _started: set[str] = set()
+"""Addresses of the clusters that this process has started."""
 # Ray starts a process for each CPU before anybody asks. Ours have an environment of their own: those would wait idle,
 # and take from the first seconds of a run what its workers need.
 _NOTHING_BEFOREHAND = {"enable_worker_prestart": False, "prestart_worker_first_driver": False}
@@ -48,7 +48,7 @@ def connect(runtime: RuntimeConfig) -> bool:
                 include_dashboard=False,
                 num_cpus=max(workers * runtime.threads_per_worker, 1),
                 runtime_env={"env_vars": environment},
-                _system_config={"max_direct_call_object_size": _WITHIN_MESSAGES, **_NOTHING_BEFOREHAND},
+                _system_config={"max_direct_call_object_size": WITHIN_MESSAGES, **_NOTHING_BEFOREHAND},
                 **common,
             )
         _started.add(ray.get_runtime_context().gcs_address)
@@ -73,7 +73,7 @@ def within_messages() -> int:
     A cluster that :func:`connect` has not started may allow more than Ray does by itself, but does not say.
     """
     ours = ray.get_runtime_context().gcs_address in _started
-    return (_WITHIN_MESSAGES if ours else _BY_DEFAULT) - _OVERHEAD
+    return (WITHIN_MESSAGES if ours else _WITHIN_BY_DEFAULT) - _OVERHEAD
 
 
 def plan_workers(runtime: RuntimeConfig, resources: dict[str, float]) -> tuple[int, float]:

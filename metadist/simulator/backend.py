@@ -11,12 +11,10 @@ import numpy as np
 
 from metadist.errors import ServerLostError
 from metadist.rounds import Lease, Report, sums_of
-from metadist.runtime.backend import Computed, Died, Event, Joined
+from metadist.runtime.backend import WITHIN_MESSAGES, Computed, Died, Event, Joined
 from metadist.simulator.cluster import BYTES_A_NUMBER, Arrangement, Cluster, Work
 from metadist.simulator.events import Events, Link, Process, Shared, Then
 
-WITHIN_MESSAGES = 1e6
-"""Bytes of a gradient that goes within messages, for which nobody waits (:mod:`metadist.runtime.cluster`)."""
 HOLD_BYTES = float(1 << 31)
 """Gradients that a shard lets wait before it adds them up (:class:`metadist.outer.gradient.TreeSum`)."""
 
@@ -143,7 +141,7 @@ class SimulatedBackend:
     def settle(self) -> list[Lease]:
         for node in self.nodes:
             self._pass_on(node)
-        if self._gradient_bytes > WITHIN_MESSAGES:
+        if self._gradient_bytes > WITHIN_MESSAGES:  # what goes within them cannot be lost
             self.events.run(lambda: not self._on_their_way)
         return []
 
