@@ -7,13 +7,15 @@ import io
 import netrc
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from metadist.errors import TrackingError
+from metadist.errors import DataError, TrackingError
 from metadist.tracking.base import RunInfo, ShownEpisode, Tracker
+from metadist.tracking.wandb_file import has_ended
 
 MODES = ("auto", "online", "offline", "disabled")
 
@@ -28,6 +30,7 @@ _PANELS = {
     "releases": "restarts",
 }
 _MAPPED = {"worker_s": "workers/{}_s", "utilisation": "workers/{}_utilisation", "restarts": "restarts/{}"}
+_WRITTEN_S = 10.0  # longest wait for the client to write what it holds of an offline run
 _SECRET = re.compile(r"(^|[_.-])(key|keys|token|password|passwd|secret|credentials?)$", re.IGNORECASE)
 
 
@@ -166,6 +169,8 @@ class WandbTracker(Tracker):
         run, self._run = self._run, None
         run.summary.update(_flat(summary))
         run.finish(exit_code=exit_code)
+        if self.mode == "offline":
+            _wait_until_written(Path(run.settings.sync_file))
 
     def _send(self, row: Mapping[str, Any]) -> None:
         if self._run is not None:
@@ -215,6 +220,16 @@ class WandbTracker(Tracker):
         opened.define_metric("outer_step")
         opened.define_metric("*", step_metric="outer_step")
         return opened
+
+
+def _wait_until_written(file: Path) -> None:
+    """Returns once an offline run is whole on the disk; the client's ``finish`` can be some milliseconds early."""
+    end = time.monotonic() + _WRITTEN_S
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError, DataError):
+            if has_ended(file):
+                return
+        time.sleep(0.01)
 
 
 def automatic_mode() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import zlib
 from collections.abc import Iterator
@@ -31,8 +32,8 @@ def read_offline_run(path: Path) -> dict[str, Any]:
     Returns:
         ``run_id``, ``name``, ``project``, ``sweep_id``, ``tags``, ``config`` and ``summary`` (mappings), ``history`` (a
         list with the row of each log call), ``artifacts`` (``name, type, aliases, metadata`` and ``files``, from names
-        to the paths they are to be sent from) and ``alerts`` (``title, text``). A cut end, as a kill leaves it, is left
-        out.
+        to the paths they are to be sent from), ``alerts`` (``title, text``) and ``exit_code`` (None in a run that has
+        not ended). A cut end, as a kill leaves it, is left out.
 
     Raises:
         DataError: there is no such file, it is of another kind, or bytes before its end are damaged.
@@ -40,7 +41,7 @@ def read_offline_run(path: Path) -> dict[str, Any]:
     from wandb.proto import wandb_internal_pb2
 
     found: dict[str, Any] = {"run_id": None, "name": None, "project": None, "sweep_id": None, "tags": []}
-    found |= {"config": {}, "summary": {}, "history": [], "artifacts": [], "alerts": []}
+    found |= {"config": {}, "summary": {}, "history": [], "artifacts": [], "alerts": [], "exit_code": None}
     for data in _records(_file_of(path)):
         record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
         record.ParseFromString(data)
@@ -61,7 +62,31 @@ def read_offline_run(path: Path) -> dict[str, Any]:
             found["artifacts"].append(_artifact(record.request.log_artifact.artifact))
         elif kind == "alert":
             found["alerts"].append({"title": record.alert.title, "text": record.alert.text})
+        elif kind == "exit":
+            found["exit_code"] = record.exit.exit_code
     return found
+
+
+def has_ended(path: Path) -> bool:
+    """Whether an offline run's file holds its last record, which the client writes some time after ``finish``.
+
+    Reads the end of the file alone.
+    """
+    from google.protobuf.message import DecodeError
+    from wandb.proto import wandb_internal_pb2
+
+    with path.open("rb") as file:
+        blocks = file.seek(0, os.SEEK_END) // _BLOCK
+        start = max(0, blocks - 1) * _BLOCK
+        file.seek(start)
+        data = file.read()
+    record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
+    records = list(_records_of(data, 0 if start else _HEADER, path)) or [b""]
+    try:
+        record.ParseFromString(records[-1])
+    except DecodeError:  # the end of a record whose start is in an earlier block
+        return False
+    return bool(record.WhichOneof("record_type") == "exit")
 
 
 def _file_of(path: Path) -> Path:
@@ -98,7 +123,12 @@ def _records(path: Path) -> Iterator[bytes]:
     data = path.read_bytes()
     if data[: len(_MAGIC)] != _MAGIC:
         raise DataError(path, "is no offline run of Weights & Biases")
-    at, pieces = _HEADER, b""
+    yield from _records_of(data, _HEADER, path)
+
+
+def _records_of(data: bytes, at: int, path: Path) -> Iterator[bytes]:
+    """The whole records from ``at`` on; ``data`` starts where a block does."""
+    pieces = b""
     while True:
         if _BLOCK - at % _BLOCK < _HEADER:  # no piece starts in a block's last bytes
             at += _BLOCK - at % _BLOCK

@@ -15,7 +15,7 @@ import pytest
 from metadist.errors import DataError, TrackingError
 from metadist.tracking import RunInfo, WandbTracker
 from metadist.tracking.wandb import automatic_mode, has_account, masked, panel
-from metadist.tracking.wandb_file import offline_runs, read_offline_run
+from metadist.tracking.wandb_file import has_ended, offline_runs, read_offline_run
 
 EVALUATION = {"split": "test", "episodes": 600, "metric": "accuracy", "pre_adaptation": 0.2, "mean": 0.95, "ci95": 0.01,
               "batchnorm": "transductive"}  # fmt: skip
@@ -112,6 +112,40 @@ def test_alerts_are_kept_and_a_checkpoints_config_is_not_sent_if_it_holds_a_secr
         assert artifact["metadata"] == {"version": 3}
         assert run["config"]["code"]["commit"] == "c0ffee" and run["config"]["data"] == {"content_id": "abc"}
     assert "WANDB_DATA_DIR" not in os.environ
+
+
+@pytest.mark.parametrize("rows", (1, 2000))
+def test_an_offline_run_is_whole_once_it_is_finished(tmp_path: Path, rows: int) -> None:
+    tracker = WandbTracker(mode="offline")
+    tracker.start(RunInfo(tmp_path))
+    for version in range(1, rows + 1):
+        tracker.log(version, _step(version))
+    assert read_offline_run(*offline_runs(tmp_path))["exit_code"] is None
+    tracker.finish({}, 3)
+    (file,) = offline_runs(tmp_path)
+    run = read_offline_run(file)
+    assert (run["exit_code"], len(run["history"])) == (3, rows) and has_ended(file)
+    cut = tmp_path / "cut.wandb"
+    for size in range(max(7, file.stat().st_size - 400), file.stat().st_size - 1, 13):
+        cut.write_bytes(file.read_bytes()[:size])
+        assert has_ended(cut) == (read_offline_run(cut)["exit_code"] is not None) and not has_ended(cut)
+
+
+def test_a_client_that_writes_late_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = iter((False, OSError("not there yet"), DataError(tmp_path, "is damaged"), True))
+    seen: list[object] = []
+
+    def looked(file: Path) -> bool:
+        seen.append(found := next(looks))
+        if isinstance(found, Exception):
+            raise found
+        return bool(found)
+
+    monkeypatch.setattr("metadist.tracking.wandb.has_ended", looked)
+    tracker = WandbTracker(mode="offline")
+    tracker.start(RunInfo(tmp_path))
+    tracker.finish({}, 0)
+    assert seen[-1] is True and len(seen) == 4
 
 
 def test_rows_survive_a_kill(tmp_path: Path) -> None:
