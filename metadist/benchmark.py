@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 from metadist.algorithms import Algorithm
-from metadist.config import Config, in_words
+from metadist.config import in_words
 from metadist.errors import ConfigError, first_line
 from metadist.experiment import PRODUCTS, Experiment
 from metadist.inner import Tensors, compiler_missing
 from metadist.inner.memory import peak_bytes
+from metadist.resolve import resolve
 
 REFERENCE = {"strategy": "loop", "compile": False, "convolution": "direct", "fused_norm": False}
 """Plain automatic differentiation, task by task: what every other way must agree with."""
@@ -27,6 +28,12 @@ REFERENCE = {"strategy": "loop", "compile": False, "convolution": "direct", "fus
 TOLERANCE = {"float32": 2e-2, "float64": 1e-6, "bfloat16": 1.0}
 """Largest relative distance from the reference; single precision is felt at the kinks of ReLU and pooling, and bfloat16
 everywhere: of a network that has not learned yet, half of the gradient may be rounding."""
+
+NEAR = 1.25
+"""How far from the fastest a way may be, traced, for inductor to be tried on it as well."""
+
+UNKNOWN_WORKERS = 4
+"""How many workers are reckoned with where the config takes as many as there are."""
 
 
 @dataclass(frozen=True)
@@ -94,62 +101,90 @@ class EngineBench:
     """Times the ways to run one config.
 
     Args:
-        config: the config.
+        experiment: what is computed; its engine's precision and memory are kept to.
         rounds: timed calls of each way.
         compile: try inductor too, which takes a minute or two for each way.
         say: told what is going on, a line at a time.
-        code: of :class:`~metadist.experiment.Experiment`.
+
+    Attributes:
+        timings: of every way that was tried.
+        calls: what computes a microbatch in each way that may be timed.
+        automatic: the way of a config that leaves its engine to ``auto``.
     """
 
     def __init__(
         self,
-        config: Config,
+        experiment: Experiment,
         rounds: int = 5,
         compile: bool = True,
         say: Callable[[str], None] = lambda line: None,
-        code: bool | frozenset[str] = False,
     ) -> None:
-        self._experiment, self._rounds, self._say = Experiment(config, code=code), rounds, say
+        self._experiment, self._rounds, self._say = experiment, rounds, say
         self._inductor = compile and not compiler_missing()
-        torch.set_num_threads(config.runtime.threads_per_worker)
+        torch.set_num_threads(experiment.config.runtime.threads_per_worker)
         self.timings: dict[Way, Timing] = {}
-        self._calls: dict[Way, Callable[[], Any]] = {}
+        self.calls: dict[Way, Callable[[], Any]] = {}
         self._wanted: dict[int, Tensors] = {}
 
     def run(self) -> Timing:
         """Searches one choice after the other; returns the fastest way that is right."""
         config = self._experiment.config
         tasks = int(config.outer.tasks_per_microbatch)
-        convolutional = any(isinstance(m, torch.nn.Conv2d) for m in self._learner(REFERENCE).model.module.modules())
-        convolutions = ("direct", "columns", "winograd") if convolutional else ("direct",)
-        plain = [Way("vectorised", "trace", c, False, tasks) for c in convolutions]
+        self.automatic = self._way_of_auto(tasks)
+        plain = [Way("vectorised", "trace", c, False, tasks) for c in self.convolutions()]
         eager = [replace(w, strategy=s, compile=False) for s in ("vectorised", "adjoint") for w in plain]
-        self._measure([*plain, *eager, Way("loop", False, "direct", False, tasks)])
-        best = self._best()
+        self.measure([*plain, *eager, Way("loop", False, "direct", False, tasks)])
+        best = self.best()
         if best.way.strategy == "vectorised" and self._inductor:
-            self._measure([replace(best.way, compile=True)])
-        self._measure(replace(self._best().way, tasks=n) for n in _sizes(config.outer.meta_batch_size))
-        if self._best().way.compile:
-            self._measure([replace(self._best().way, recompute=True)])
-        return self._best()
+            near = [w for w in plain if (self.timings[w].ms_per_task or float("inf")) <= NEAR * (best.ms_per_task or 0)]
+            self.measure(replace(w, compile=True) for w in near)
+        self.measure([self.automatic])
+        self.measure(replace(self.best().way, tasks=n) for n in self.sizes())
+        if self.best().way.compile:
+            self.measure([replace(self.best().way, recompute=True)])
+        return self.best()
 
-    def _best(self) -> Timing:
+    def convolutions(self) -> tuple[str, ...]:
+        """The ways to compute convolutions that can differ for this model."""
+        convolutional = any(isinstance(m, torch.nn.Conv2d) for m in self._learner(REFERENCE).model.module.modules())
+        return ("direct", "columns", "winograd") if convolutional else ("direct",)
+
+    def sizes(self) -> list[int]:
+        """Numbers of tasks computed together that leave work for every worker of the config."""
+        config = self._experiment.config
+        workers = config.runtime.workers
+        if config.runtime.type == "local":
+            workers = 1
+        most = workers if isinstance(workers, int) else getattr(workers, "max", UNKNOWN_WORKERS)
+        return list(_sizes(config.outer.meta_batch_size, most))
+
+    def _way_of_auto(self, tasks: int) -> Way:
+        form = "auto" if self._inductor else "trace"
+        left_open = {"strategy": "auto", "compile": form, "recompute": False, "convolution": "auto", "memory": None}
+        decided = resolve(self._experiment.with_engine(**left_open, tasks_together=None)).experiment
+        engine = decided.config.engine
+        convolution = decided.learner().model.convolution if len(self.convolutions()) > 1 else "direct"
+        assert engine.compile != "auto"  # it is decided
+        return Way(engine.strategy, engine.compile, convolution, False, tasks)
+
+    def best(self) -> Timing:
+        """The fastest of those that were measured."""
         timed = [t for t in self.timings.values() if t.seconds]
         if not timed:
             reason = next((t.reason for t in self.timings.values() if t.reason), "nothing was tried")
             raise ConfigError("engine", f"no way to compute the meta-gradient works: {reason}")
         return min(timed, key=lambda t: t.ms_per_task or 0.0)
 
-    def _measure(self, ways: Iterable[Way]) -> None:
+    def measure(self, ways: Iterable[Way]) -> None:
         """Prepares new ways, then times them in turn, with the best one so far among them for comparison."""
         fresh = [w for w in dict.fromkeys(ways) if w not in self.timings]
         ready = [w for w in fresh if self._prepare(w)]
         if ready and any(t.seconds for t in self.timings.values()):
-            ready.append(self._best().way)
+            ready.append(self.best().way)
         for _ in range(self._rounds):
             for way in ready:
                 start = time.perf_counter()
-                self._calls[way]()
+                self.calls[way]()
                 self.timings[way].seconds.append((time.perf_counter() - start) / way.tasks)
         for way in ready:
             self._say(f"{way.name}: {self.timings[way].ms_per_task:.2f} ms a task")
@@ -175,7 +210,7 @@ class EngineBench:
         if budget is not None and timing.memory is not None and timing.memory > budget:
             timing.reason = f"it takes {in_words(timing.memory)}, more than engine.memory"
             return False
-        self._calls[way] = call
+        self.calls[way] = call
         return True
 
     def _reference(self, tasks: int) -> Tensors:
@@ -199,12 +234,13 @@ class EngineBench:
         return self._experiment.with_engine(**engine).learner()
 
 
-def _sizes(tasks: int) -> Iterator[int]:
-    """Numbers of tasks computed together: powers of two up to a quarter of the meta-batch, so that workers share it."""
-    size = 1
-    while size == 1 or size * 4 <= tasks:
+def _sizes(tasks: int, workers: int) -> Iterator[int]:
+    """Powers of two up to a worker's part of a meta-batch, and that part."""
+    size, most = 1, -(-tasks // workers)
+    while size < most:
         yield size
         size *= 2
+    yield most
 
 
 def distance(found: Tensors, wanted: Tensors) -> float:

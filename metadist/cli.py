@@ -258,6 +258,7 @@ def bench(
     """
     from metadist.benchmark import EngineBench
     from metadist.config import load_config, with_values
+    from metadist.experiment import Experiment
     from metadist.files import write_atomically
     from metadist.tracking.console import table
 
@@ -265,10 +266,11 @@ def bench(
         click.echo(f"  {line}", err=True)
 
     code = allowed(allow_code, overrides)
-    engine = EngineBench(load_config(config, overrides), rounds, not no_compile, say, code)
+    engine = EngineBench(Experiment(load_config(config, overrides), code=code), rounds, not no_compile, say)
     best = engine.run()
     least = best.ms_per_task or 0.0
-    rows = sorted((t.row(least) for t in engine.timings.values()), key=lambda r: r["ms_per_task"] or float("inf"))
+    rows = [{**t.row(least), "auto": t.way == engine.automatic} for t in engine.timings.values()]
+    rows.sort(key=lambda r: r["ms_per_task"] or float("inf"))
     if as_json:
         click.echo(json.dumps({"rows": rows}))
     else:
@@ -292,7 +294,8 @@ def _bench_row(row: dict[str, Any]) -> tuple[str, ...]:
         return (*settings, "", "", "", "", "", row["reason"])
     memory = "" if row["memory_mb"] is None else f"{row['memory_mb']:.1f}"
     times = (f"{row['ms_per_task']:.2f}", f"{row['ratio_to_best']:.2f}", f"{row['first_call_s']:.1f} s")
-    return (*settings, *times, memory, f"{row['relative_error']:.0e}", "")
+    note = "what auto takes" if row["auto"] else ""
+    return (*settings, *times, memory, f"{row['relative_error']:.0e}", note)
 
 
 main.add_command(data)

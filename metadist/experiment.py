@@ -28,6 +28,7 @@ from metadist.config.section import CustomConfig
 from metadist.episode import Episode, EpisodeBatch
 from metadist.errors import ConfigError
 from metadist.inner import Convolution, Engine, FunctionalModel
+from metadist.inner.engine import Strategy
 from metadist.inner.kernels import available as kernels_available
 from metadist.inner.optimizers import make_optimizer
 from metadist.inputs import Inputs
@@ -124,11 +125,10 @@ class Experiment:
             module = self._make_module(example, algorithm.wants)
             with _refusals("algorithm"):
                 module = algorithm.prepare(module, example)
-        strategy = self.config.engine.strategy
         section = self.config.engine
-        engine = Engine(
-            "vectorised" if strategy == "auto" else strategy, section.compile, section.recompute, section.tasks_together
-        )
+        strategy: Strategy = "vectorised" if section.strategy == "auto" else section.strategy
+        form = "trace" if section.compile == "auto" else section.compile
+        engine = Engine(strategy, form, section.recompute, section.tasks_together)
         with _refusals("model.batchnorm"):
             model = FunctionalModel(
                 module, device, dtype, self.config.model.batchnorm, self._convolution(engine, device, dtype),

@@ -7,6 +7,7 @@ bits.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,16 +15,23 @@ from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from metadist.algorithms import Algorithm, Plan
 from metadist.config import in_words
+from metadist.config.schema import LONG_RUN
 from metadist.episode import EpisodeBatch, Examples
-from metadist.errors import ConfigError, DataError
+from metadist.errors import ConfigError, DataError, first_line
 from metadist.experiment import Experiment
 from metadist.inner import Engine, Tensors, choose_strategy, compiler_missing
 from metadist.inner.engine import Strategy, drew_numbers
 from metadist.inner.memory import LARGE, draws_by_shapes, peak_bytes, predicted_peak_bytes
+from metadist.inner.program import Compile
 from metadist.outer.gradient import Layout
 from metadist.progress import Progress
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,16 +60,50 @@ def resolve(experiment: Experiment) -> Resolved:
     """
     experiment, left_out = _without_bad_blocks(experiment)
     section, reason = experiment.config.engine, ""
-    strategy, compiled = section.strategy, section.compile
+    strategy = section.strategy
+    compiled = _form(experiment) if section.compile == "auto" else section.compile
+    if strategy in ("adjoint", "loop"):
+        compiled = False
     if compiled is True and (reason := compiler_missing()):
         compiled = "trace"
     if strategy == "auto":
         strategy, traceable, why = _strategy(experiment, bool(compiled))
         compiled, reason = compiled if traceable else False, why or reason
+    if section.compile == "auto" and compiled is True and (reason := _not_compilable(experiment, strategy)):
+        compiled = "trace"
     experiment, memory = experiment.with_engine(strategy=strategy, compile=compiled), None
     if section.memory is not None:
         experiment, memory = _within(experiment, section.memory)
     return Resolved(experiment, reason, memory, left_out)
+
+
+def _form(experiment: Experiment) -> Compile:
+    """What ``engine.compile`` comes to where it is left open: inductor where it is known to pay.
+
+    Convolutions gain a tenth by it at most, networks of small operators two to three times as much speed
+    (``tools/bench/choice.py``), once a run is long enough to repay a minute of compilation.
+    """
+    if experiment.config.outer.steps < LONG_RUN or compiler_missing():
+        return "trace"
+    modules = experiment.learner().model.module.modules()
+    convolutional = any(isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d) for m in modules)
+    return "trace" if convolutional else True
+
+
+def _not_compilable(experiment: Experiment, strategy: Strategy) -> str:
+    """Why inductor cannot compile the microbatches of a run; empty if it can.
+
+    What it makes stays in its cache on the disk, for the workers of this machine.
+    """
+    learner = experiment.with_engine(strategy=strategy, compile=True).learner()
+    batch = experiment.first_tasks(experiment.plan.tasks_per_microbatch)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            learner.meta_gradient(learner.initial_meta_params(), batch)
+    except Exception as e:  # whatever it is, the same gradient can be had without it
+        log.debug("inductor is out", exc_info=True)
+        return f"inductor cannot compile it: {first_line(e)}"
+    return ""
 
 
 def _without_bad_blocks(experiment: Experiment) -> tuple[Experiment, dict[str, int]]:

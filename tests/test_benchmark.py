@@ -11,10 +11,11 @@ import torch
 from click.testing import CliRunner
 
 from metadist.algorithms.base import Algorithm
-from metadist.benchmark import EngineBench, _sizes
+from metadist.benchmark import EngineBench, Way, _sizes
 from metadist.cli import main
 from metadist.config import load_config
 from metadist.errors import ConfigError
+from metadist.experiment import Experiment
 
 CONFIG = """# Kept.
 name: waves
@@ -34,11 +35,11 @@ def config(tmp_path: Path) -> Path:
 
 
 def test_every_way_is_right_and_the_fastest_is_chosen(config: Path) -> None:
-    bench = EngineBench(load_config(config), rounds=1, compile=False)
+    bench = EngineBench(Experiment(load_config(config)), rounds=1, compile=False)
     best = bench.run()
     timed = [t for t in bench.timings.values() if t.seconds]
     assert {t.way.strategy for t in timed} == {"vectorised", "adjoint", "loop"}
-    assert {t.way.tasks for t in timed} == {1, 2, 4} and {t.way.recompute for t in timed} == {False, True}
+    assert {t.way.tasks for t in timed} == {1, 2, 4, 8, 16} and {t.way.recompute for t in timed} == {False, True}
     assert all(t.error < 1e-4 for t in timed)
     assert best.ms_per_task == min(t.ms_per_task for t in timed)  # type: ignore[type-var]
     assert not any(t.way.compile is True for t in bench.timings.values())
@@ -54,19 +55,19 @@ def test_a_way_with_another_gradient_is_not_timed(config: Path, monkeypatch: pyt
         return learner
 
     monkeypatch.setattr(EngineBench, "_learner", broken)
-    bench = EngineBench(load_config(config), rounds=1, compile=False)
+    bench = EngineBench(Experiment(load_config(config)), rounds=1, compile=False)
     assert bench.run().way.strategy != "vectorised"
     wrong = [t for t in bench.timings.values() if t.way.strategy == "vectorised"]
     assert wrong and all("away from the loop's" in t.reason and not t.seconds for t in wrong)
 
 
 def test_a_way_that_takes_too_much_memory_is_not_timed(config: Path) -> None:
-    free = EngineBench(load_config(config), rounds=1, compile=False)
+    free = EngineBench(Experiment(load_config(config)), rounds=1, compile=False)
     free.run()
     sizes = sorted(t.memory for t in free.timings.values() if t.memory)
     assert sizes[0] < sizes[-1]
     budget = sizes[len(sizes) // 2]
-    bound = EngineBench(load_config(config, [f"engine.memory={budget}"]), rounds=1, compile=False)
+    bound = EngineBench(Experiment(load_config(config, [f"engine.memory={budget}"])), rounds=1, compile=False)
     best = bound.run()
     assert best.memory is not None and best.memory <= budget
     over = [t for t in bound.timings.values() if "more than engine.memory" in t.reason]
@@ -77,14 +78,28 @@ def test_the_reason_is_told_where_every_way_fails(config: Path, monkeypatch: pyt
     def failing(self: EngineBench, engine: dict[str, Any], tasks: int) -> Any:
         raise RuntimeError("no rule for this\nand more")
 
-    bench = EngineBench(load_config(config), rounds=1, compile=False)
+    bench = EngineBench(Experiment(load_config(config)), rounds=1, compile=False)
     monkeypatch.setattr(EngineBench, "_call", failing)
     with pytest.raises(ConfigError, match="no way to compute the meta-gradient works: no rule for this$"):
         bench.run()
 
 
-def test_sizes_leave_work_for_four_workers() -> None:
-    assert [list(_sizes(n)) for n in (1, 4, 16, 33)] == [[1], [1], [1, 2, 4], [1, 2, 4, 8]]
+def test_sizes_leave_work_for_every_worker(config: Path) -> None:
+    cases = {(1, 4): [1], (4, 4): [1], (16, 4): [1, 2, 4], (33, 4): [1, 2, 4, 8, 9], (6, 1): [1, 2, 4, 6]}
+    assert {case: list(_sizes(*case)) for case in cases} == cases
+
+    def sizes(*overrides: str) -> list[int]:
+        return EngineBench(Experiment(load_config(config, overrides))).sizes()
+
+    assert sizes()[-1] == 16
+    ray = "runtime.type=ray"
+    assert [sizes(ray, f"runtime.workers={n}")[-1] for n in ("2", "auto", "{min: 1, max: 8}")] == [8, 4, 2]
+
+
+def test_it_says_which_way_auto_takes(config: Path) -> None:
+    bench = EngineBench(Experiment(load_config(config, ["engine.strategy=adjoint"])), rounds=1, compile=False)
+    bench.run()
+    assert bench.automatic == Way("vectorised", "trace", "direct", False, 2) and bench.timings[bench.automatic].seconds
 
 
 def test_the_choice_is_written_where_it_belongs(config: Path) -> None:

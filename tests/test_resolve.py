@@ -15,6 +15,7 @@ from torch import nn
 from metadist import resolve as resolve_module
 from metadist.cli import main
 from metadist.config import validate
+from metadist.config.schema import LONG_RUN
 from metadist.errors import ConfigError
 from metadist.experiment import Experiment
 from metadist.inner import Tensors
@@ -96,6 +97,48 @@ def test_each_inner_step_adds_a_copy_of_the_parameters_where_steps_are_recompute
     learner = experiment().learner()
     size = sum(v.numel() * v.itemsize for v in learner.initial_meta_params().values()) * TASKS
     assert (peak(10) - peak(2)) / 8 <= 1.2 * size
+
+
+LONG = {"steps": LONG_RUN, "meta_batch_size": TASKS, "tasks_per_microbatch": TASKS}
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({}, "trace"),
+        ({"outer": LONG}, True),
+        ({"outer": LONG, "model": {"type": "conv4", "filters": 4}}, "trace"),
+        ({"outer": LONG, "engine": "auto"}, True),
+        ({"outer": LONG, "engine": {"compile": "trace"}}, "trace"),
+        ({"outer": LONG, "engine": {"strategy": "adjoint"}}, False),
+    ],
+)
+def test_inductor_is_left_to_long_runs_of_small_operators(
+    changes: dict[str, Any], wanted: bool | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[Any] = []
+    monkeypatch.setattr(resolve_module, "compiler_missing", lambda: "")
+    monkeypatch.setattr(resolve_module, "_not_compilable", lambda *given: tried.append(given) or "")
+    decided = resolve(Experiment(validate(config(precision="float32") | changes)))
+    engine = decided.experiment.config.engine
+    assert (engine.compile if engine.strategy == "vectorised" else False) == wanted
+    assert bool(tried) == (wanted is True and "compile" not in changes.get("engine", {}))
+    assert resolve(decided.experiment).experiment.config == decided.experiment.config
+
+
+def test_auto_does_without_inductor_where_that_is_missing_or_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = config() | {"outer": LONG}
+    monkeypatch.setattr(resolve_module, "compiler_missing", lambda: "no C++ compiler was found")
+    assert resolve(Experiment(validate(made))).experiment.config.engine.compile == "trace"
+
+    def failing(*given: Any) -> Any:
+        raise RuntimeError("no kernel for this\nand more")
+
+    monkeypatch.setattr(resolve_module, "compiler_missing", lambda: "")
+    monkeypatch.setattr("metadist.inner.program._compiled", failing)
+    decided = resolve(Experiment(validate(made)))
+    assert decided.experiment.config.engine.compile == "trace"
+    assert decided.reason == "inductor cannot compile it: no kernel for this"
 
 
 class Dropped(nn.Module):

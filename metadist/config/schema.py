@@ -262,6 +262,10 @@ ModelConfig = Annotated[
 # --------------------------------------------------------------------------- engine, outer loop
 
 
+LONG_RUN = 5000
+"""Meta-updates from which on a minute of compilation is repaid by small networks (tools/bench/choice.py)."""
+
+
 class EngineConfig(Section):
     """How the inner loops of a microbatch are executed; every strategy gives the same gradient."""
 
@@ -270,11 +274,12 @@ class EngineConfig(Section):
         description="vectorised: all tasks of a microbatch at once; adjoint: one by one without a second-order "
         "graph; loop: plain automatic differentiation, for modules the others cannot take",
     )
-    compile: bool | Literal["trace"] = Field(
-        "trace",
+    compile: bool | Literal["auto", "trace"] = Field(
+        "auto",
         description="trace: derive the vectorised meta-gradient once and run its operators alone, some seconds at the "
         "start of each worker; true: compile them as well (inductor), a minute or two, worth it in long runs of "
-        "networks of many small operators; false: neither",
+        "networks of many small operators; false: neither; auto: true for networks without convolutions where the run "
+        f"has {LONG_RUN} steps or more, else trace",
     )
     recompute: bool = Field(
         False,
@@ -292,8 +297,8 @@ class EngineConfig(Section):
     convolution: Literal["auto", "direct", "columns", "winograd"] = Field(
         "auto",
         description="direct: torch's own; columns: products of matrices for small pictures; winograd: 3x3 convolutions "
-        "of stride 1 with a quarter of the products, and columns for others; auto: winograd where the meta-gradient is "
-        "traced or compiled for a CPU, direct elsewhere",
+        "of stride 1 with a quarter of the products, and others summed in registers; auto: winograd where the "
+        "meta-gradient is traced or compiled for a CPU, direct elsewhere",
     )
     fused_norm: bool | Literal["auto"] = Field(
         "auto", description="BatchNorm with the ReLU and max pooling after it as one operator, where it can be built"
@@ -548,3 +553,8 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @field_validator("engine", mode="before")
+    @classmethod
+    def _all_auto(cls, value: Any) -> Any:
+        return {} if value == "auto" else value

@@ -32,7 +32,7 @@ class FunctionalModel:
         batchnorm: whose statistics normalise whom, see :mod:`metadist.inner.batchnorm`. In every mode they
             are per task, so that a task's result does not depend on the tasks computed beside it.
         convolution: ``direct``, torch's own; ``columns``, products of matrices for small pictures; or ``winograd``,
-            Winograd's form where it applies and ``columns`` elsewhere (:mod:`metadist.inner.kernels`).
+            Winograd's form where it applies and sums in registers elsewhere (:mod:`metadist.inner.kernels`).
         fused_norm: compute BatchNorm with the ReLU and the pooling that follow it by one operator, where it can be had.
         products: the dtype that the factors of products are rounded to (:mod:`metadist.inner.precision`); None: as
             they are.

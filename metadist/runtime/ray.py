@@ -34,6 +34,8 @@ _START_TIMEOUT_S = 300.0
 _MEMBERSHIP_S = 1.0
 _COMPANY_S = 0.004
 """How long a small gradient waits for others to be sent with it."""
+_COMPANY = 8
+"""How many answers have to be out for it to wait at all: with fewer, a message less is worth less than the wait."""
 
 
 MakeWorker = Callable[[Experiment, str], LeaseWorker]
@@ -184,7 +186,8 @@ class RayBackend:
             return {}
         first: list[ObjectRef] = []
         if self._server is not None and self._server.holds_back:
-            first, _ = ray.wait(waiting, num_returns=1, timeout=min(timeout, _COMPANY_S))
+            if len(waiting) >= _COMPANY:
+                first, _ = ray.wait(waiting, num_returns=1, timeout=min(timeout, _COMPANY_S))
             if not first:
                 self._server.send_batch()
         first = first or ray.wait(waiting, num_returns=1, timeout=timeout)[0]

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metadist.inner.kernels.build import function
+from metadist.inner.kernels.operator import operator
 
 _SOURCE = Path(__file__).with_name("columns.cpp")
 
@@ -35,7 +36,7 @@ def output_size(size: int, kernel: int, stride: int, padding: int) -> int:
     return (size + 2 * padding - kernel) // stride + 1
 
 
-@torch.library.custom_op("metadist::windows", mutates_args=())
+@operator("windows")
 def _windows(x: Tensor, kernel: list[int], stride: list[int], padding: list[int]) -> Tensor:
     """Every window of the kernel as a row, ``[B, H', W', kernel_h * kernel_w * C]``, of ``x [B, H, W, C]``."""
     x = x.contiguous()
@@ -53,7 +54,7 @@ def _windows_shape(x: Tensor, kernel: list[int], stride: list[int], padding: lis
     return x.new_empty(b, *out, kernel[0] * kernel[1] * c)
 
 
-@torch.library.custom_op("metadist::sum_windows", mutates_args=())
+@operator("sum_windows")
 def _sum_windows(rows: Tensor, size: list[int], kernel: list[int], stride: list[int], padding: list[int]) -> Tensor:
     """The transpose of :func:`_windows`: rows added where they came from, ``[B, *size, C]``."""
     rows = rows.contiguous()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from metadist.inner.kernels import columns, winograd
+from metadist.inner.kernels import columns, taps, winograd
 
 Convolution = Literal["direct", "columns", "winograd"]
 
@@ -19,15 +19,16 @@ FEW_NUMBERS = 32
 """Numbers in a window that are so few that their memory is none for larger pictures either."""
 
 CHANNELS = 8
-"""Fewest channels that Winograd's transforms pay for."""
+"""Fewest channels that fill the registers of :mod:`~metadist.inner.kernels.winograd` and ``taps``."""
 
 
 class AsProducts(TorchFunctionMode):
     """Within it, convolutions are products of matrices where that pays; others stay as they are.
 
     Args:
-        fast: take Winograd's form for what it can do (:mod:`metadist.inner.kernels.winograd`), and windows
-            (:mod:`metadist.inner.kernels.columns`) for the rest; otherwise windows alone.
+        fast: take Winograd's form for what it can do (:mod:`metadist.inner.kernels.winograd`), and sums in registers
+            (:mod:`metadist.inner.kernels.taps`) for the rest; otherwise, and for few channels, windows
+            (:mod:`metadist.inner.kernels.columns`).
     """
 
     def __init__(self, fast: bool = False) -> None:
@@ -50,8 +51,11 @@ class AsProducts(TorchFunctionMode):
         out = [columns.output_size(n, *of) for n, *of in zip(input.shape[2:], kernel, stride, padding, strict=True)]
         if min(out) < 1:
             return None
-        if self._fast and winograd.takes(kernel, stride, padding) and min(channels, outputs) >= CHANNELS:
-            return winograd.convolution(input, weight, bias, padding)
+        if self._fast and min(channels, outputs) >= CHANNELS:
+            if winograd.takes(kernel, stride, padding):
+                return winograd.convolution(input, weight, bias, padding)
+            if taps.available(input.device, input.dtype):
+                return taps.convolution(input, weight, bias, stride, padding)
         if out[0] * out[1] <= POSITIONS or kernel[0] * kernel[1] * channels <= FEW_NUMBERS:
             return columns.convolution(input, weight, bias, stride, padding)
         return None

@@ -31,7 +31,10 @@ struct Lanes {
     std::memcpy(&v, p, sizeof(T) * n);
     return v;
   }
-  static void store(T* p, V v, int64_t n) { std::memcpy(p, &v, sizeof(T) * std::min<int64_t>(n, N)); }
+  static void store(T* p, V v, int64_t n) {
+    if (n >= N) return store(p, v);
+    std::memcpy(p, &v, sizeof(T) * n);
+  }
 };
 
 // Memory for `size` numbers, aligned, kept by the thread for the next call; one for each `which`.

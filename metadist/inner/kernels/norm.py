@@ -19,6 +19,7 @@ from torch import Tensor
 
 from metadist.inner.kernels.build import function
 from metadist.inner.kernels.groups import members
+from metadist.inner.kernels.operator import operator
 
 _SOURCE = Path(__file__).with_name("norm.cpp")
 
@@ -51,7 +52,7 @@ def available(device: torch.device, dtype: torch.dtype) -> bool:
     return _compiled("norm", device, dtype, 6) is not None
 
 
-@torch.library.custom_op("metadist::norm", mutates_args=())
+@operator("norm")
 def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, pool: int) -> tuple[Tensor, Tensor, Tensor]:
     """Output ``[G, B, H // pool, W // pool, C]``; means and inverse standard deviations, ``[G, C]`` both.
 
@@ -74,7 +75,7 @@ def _norm_shape(x: Tensor, weight: Tensor, bias: Tensor, eps: float, pool: int) 
     return x.new_empty(groups, batch, height // pool, width // pool, channels), *statistics  # type: ignore[return-value]
 
 
-@torch.library.custom_op("metadist::norm_backward", mutates_args=())
+@operator("norm_backward")
 def _norm_backward(
     slope: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, pool: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,7 +94,7 @@ def _norm_backward_shape(
     return x.new_empty(x.shape), *made  # type: ignore[return-value]
 
 
-@torch.library.custom_op("metadist::norm_second", mutates_args=())
+@operator("norm_second")
 def _norm_second(
     p: Tensor, q: Tensor, t: Tensor, slope: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor,
     pool: int,

@@ -26,6 +26,7 @@ from torch import Tensor
 from metadist.inner.kernels.build import function
 from metadist.inner.kernels.columns import output_size
 from metadist.inner.kernels.groups import members
+from metadist.inner.kernels.operator import operator
 
 _SOURCE = Path(__file__).with_name("patches.cpp")
 
@@ -87,7 +88,7 @@ def _call(name: str, x: Tensor, how: list[int], outputs: int, *tensors: Tensor |
     compiled(*pointers, shape, *([windows.pool] if pooled else []))
 
 
-@torch.library.custom_op("metadist::pick", mutates_args=())
+@operator("pick")
 def pick(x: Tensor, a: Tensor, c: Tensor, v: Tensor | None, d: Tensor | None, how: list[int]) -> Tensor:
     """Of each cell the window with the largest ``u = window a + c``, if that is positive: its ``window v + d``; else 0.
 
@@ -113,7 +114,7 @@ def _pick_shape(x: Tensor, a: Tensor, c: Tensor, v: Tensor | None, d: Tensor | N
     return x.new_empty(*x.shape[:2], rows // how[-1], columns // how[-1], a.shape[-1])
 
 
-@torch.library.custom_op("metadist::push", mutates_args=())
+@operator("push")
 def push(x: Tensor, a: Tensor, c: Tensor, slope: Tensor, how: list[int]) -> tuple[Tensor, Tensor]:
     """The transpose of :func:`pick` in ``v`` and ``d``: the slopes in them of an output's ``slope``."""
     x, a, c, slope = (t.contiguous() for t in (x, a, c, slope))
@@ -127,7 +128,7 @@ def _push_shape(x: Tensor, a: Tensor, c: Tensor, slope: Tensor, how: list[int]) 
     return a.new_empty(a.shape), c.new_empty(c.shape)
 
 
-@torch.library.custom_op("metadist::moments", mutates_args=())
+@operator("moments")
 def moments(x: Tensor, how: list[int]) -> tuple[Tensor, Tensor]:
     """Mean ``[G, N]`` and covariance ``[G, N, N]`` of the N numbers of each group's windows, float64."""
     x = x.contiguous()

@@ -22,6 +22,7 @@ from torch.nn.grad import conv2d_weight
 
 from metadist.inner.kernels.build import function
 from metadist.inner.kernels.groups import members
+from metadist.inner.kernels.operator import operator
 
 _SOURCE = Path(__file__).with_name("winograd.cpp")
 
@@ -45,7 +46,7 @@ def _compiled(name: str, like: Tensor) -> Any:
     return function(_SOURCE, name, like.device, like.dtype, (*pointers, ctypes.POINTER(_Shape)))
 
 
-@torch.library.custom_op("metadist::convolve", mutates_args=())
+@operator("convolve")
 def convolve(x: Tensor, weight: Tensor, padding: list[int]) -> Tensor:
     """Every group's pictures convolved with its weights.
 
@@ -71,7 +72,7 @@ def _convolve_shape(x: Tensor, weight: Tensor, padding: list[int]) -> Tensor:
     return x.new_empty(groups, batch, height + 2 * padding[0] - 2, width + 2 * padding[1] - 2, weight.shape[-1])
 
 
-@torch.library.custom_op("metadist::correlate", mutates_args=())
+@operator("correlate")
 def correlate(x: Tensor, y: Tensor, padding: list[int]) -> Tensor:
     """The slope of ``(convolve(x, weight, padding) * y).sum()`` in the weights.
 

@@ -10,7 +10,7 @@ from torch import nn
 from metadist.algorithms import MAML, resolve_objective
 from metadist.episode import EpisodeBatch, Examples
 from metadist.inner import Engine, FunctionalModel
-from metadist.inner.kernels import AsProducts, columns, winograd
+from metadist.inner.kernels import AsProducts, columns, taps, winograd
 from metadist.models import Conv4
 
 
@@ -22,11 +22,13 @@ from metadist.models import Conv4
         (lambda x, w: F.conv2d(x.repeat(1, 1, 3, 3), w, torch.ones(8)), "winograd"),
         (lambda x, w: F.conv2d(x[:, :2], w[:, :2]), "columns"),
         (lambda x, w: F.conv2d(x.repeat(1, 1, 3, 3)[:, :2], w[:, :2]), "columns"),
-        (lambda x, w: F.conv2d(x, w, stride=2, padding=(1, 0)), "columns"),
-        (lambda x, w: F.conv2d(x, w, None, [2], [1]), "columns"),
-        (lambda x, w: F.conv2d(x, w[:, :, :2]), "columns"),
-        (lambda x, w: F.conv2d(x.repeat(1, 1, 5, 5), w, stride=2), "torch"),
-        (lambda x, w: F.conv2d(x, w, padding=3), "columns"),
+        (lambda x, w: F.conv2d(x, w, stride=2, padding=(1, 0)), "taps"),
+        (lambda x, w: F.conv2d(x, w, None, [2], [1]), "taps"),
+        (lambda x, w: F.conv2d(x, w[:, :, :2]), "taps"),
+        (lambda x, w: F.conv2d(x.repeat(1, 1, 5, 5), w, stride=2), "taps"),
+        (lambda x, w: F.conv2d(x.repeat(1, 1, 5, 5)[:, :6], w[:, :6], stride=2), "torch"),
+        (lambda x, w: F.conv2d(x.half(), w.half(), stride=2).float(), "columns"),
+        (lambda x, w: F.conv2d(x, w, padding=3), "taps"),
         (lambda x, w: F.conv2d(x, w, padding="same"), "torch"),
         (lambda x, w: F.conv2d(x, w, dilation=2), "torch"),
         (lambda x, w: F.conv2d(x[0], w), "torch"),
@@ -35,7 +37,7 @@ from metadist.models import Conv4
 )
 def test_what_is_taken_over_and_what_is_left_to_torch(call, taken, monkeypatch) -> None:
     seen: list[str] = []
-    for module, name in ((columns, "columns"), (winograd, "winograd")):
+    for module, name in ((columns, "columns"), (taps, "taps"), (winograd, "winograd")):
         real = module.convolution
         monkeypatch.setattr(module, "convolution", lambda *a, real=real, name=name: seen.append(name) or real(*a))
     x, w = torch.randn(2, 8, 9, 9), torch.randn(8, 8, 3, 3)
@@ -45,7 +47,7 @@ def test_what_is_taken_over_and_what_is_left_to_torch(call, taken, monkeypatch) 
     assert seen == ([taken] if taken != "torch" else [])
     with AsProducts():
         call(x, w)
-    assert "winograd" not in seen[1:]
+    assert not {"winograd", "taps"} & {*seen[1:]}
 
 
 def network(downsample: str) -> nn.Module:
@@ -59,6 +61,7 @@ def network(downsample: str) -> nn.Module:
         ("columns", "stride", False, False, "transductive"),
         pytest.param("columns", "stride", False, True, "transductive", marks=pytest.mark.slow),
         ("columns", "stride", True, "trace", "running"),
+        ("winograd", "stride", True, "trace", "transductive"),
         ("winograd", "max_pool", False, "trace", "transductive"),
         ("winograd", "max_pool", True, False, "running"),
         ("winograd", "max_pool", True, "trace", "transductive"),

@@ -160,6 +160,11 @@ def make_job(workload: Workload, tasks: int, dtype: torch.dtype) -> Job:
 
 def learner(workload: Workload, engine: dict[str, Any], dtype: torch.dtype) -> Algorithm:
     """The learner of metadist for a workload, with an engine as the config's section says."""
+    return experiment(workload, engine, dtype).learner()
+
+
+def experiment(workload: Workload, engine: dict[str, Any], dtype: torch.dtype, **others: dict[str, Any]) -> Experiment:
+    """A workload as an experiment of metadist; ``others`` are fields of further sections of its config."""
     w = workload
     algorithm: Algorithm
     if w.steps:
@@ -167,15 +172,16 @@ def learner(workload: Workload, engine: dict[str, Any], dtype: torch.dtype) -> A
     else:
         algorithm = MANN(controller_size=200, memory_slots=128, memory_width=40, read_heads=4)
     sections = {
+        **others,
         "name": "bench",
         "tasks": {"type": "python", "name": "random"},
         "model": w.model,
         "algorithm": {"type": "python", "name": type(algorithm).__name__},
         "engine": {"precision": DTYPES[dtype], **engine},
-        "outer": {"meta_batch_size": w.tasks},
+        "outer": {"meta_batch_size": w.tasks, **others.get("outer", {})},
         "tracking": {"wandb": {"mode": "disabled"}},
     }
-    return Experiment(validate(sections, "the benchmark"), RandomTasks(w), algorithm=algorithm).learner()
+    return Experiment(validate(sections, "the benchmark"), RandomTasks(w), algorithm=algorithm)
 
 
 def our_gradient(of: Algorithm, params: Tensors, batch: md.EpisodeBatch) -> Tensors:
