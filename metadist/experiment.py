@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import fnmatch
 import importlib
 from collections.abc import Callable, Iterator, Sequence
@@ -322,7 +323,7 @@ class Experiment:
 
     def _make_algorithm(self) -> Algorithm:
         if self.algorithm is not None:
-            return self.algorithm
+            return copy.copy(self.algorithm)  # learners of two engines must not share what they are bound to
         section = self.config.algorithm
         if section.type == "custom":
             return self._construct("algorithm", section, Algorithm)

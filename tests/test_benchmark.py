@@ -10,6 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from metadist.algorithms import MAML
 from metadist.algorithms.base import Algorithm
 from metadist.benchmark import EngineBench, Way, _sizes
 from metadist.cli import main
@@ -94,6 +95,13 @@ def test_sizes_leave_work_for_every_worker(config: Path) -> None:
     assert sizes()[-1] == 16
     ray = "runtime.type=ray"
     assert [sizes(ray, f"runtime.workers={n}")[-1] for n in ("2", "auto", "{min: 1, max: 8}")] == [8, 4, 2]
+
+
+def test_a_learner_that_is_an_object_is_bound_for_each_engine_anew(config: Path) -> None:
+    given = MAML(inner_steps=2)
+    experiment = Experiment(load_config(config), algorithm=given)
+    loop, adjoint = (experiment.with_engine(strategy=s).learner() for s in ("loop", "adjoint"))
+    assert [of.engine.strategy for of in (loop, adjoint)] == ["loop", "adjoint"] and not hasattr(given, "engine")
 
 
 def test_it_says_which_way_auto_takes(config: Path) -> None:
