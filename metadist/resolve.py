@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -97,6 +98,7 @@ def _not_compilable(experiment: Experiment, strategy: Strategy) -> str:
     """
     learner = experiment.with_engine(strategy=strategy, compile=True).learner()
     batch = experiment.first_tasks(experiment.plan.tasks_per_microbatch)
+    print("compiling the meta-gradient, which may take minutes; engine.compile=trace does without", file=sys.stderr)
     try:
         with torch.random.fork_rng(devices=[]):
             learner.meta_gradient(learner.initial_meta_params(), batch)

@@ -25,5 +25,6 @@ def test_the_choice_is_among_what_was_timed(tmp_path: Path) -> None:
 
 
 def test_a_workload_that_does_not_exist_is_named() -> None:
-    done = subprocess.run([sys.executable, str(BENCH), "--workloads", "Z9"], capture_output=True, text=True, timeout=120)
+    command = [sys.executable, str(BENCH), "--workloads", "Z9"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "no workload Z9; there are A1," in done.stderr

@@ -126,7 +126,9 @@ def test_inductor_is_left_to_long_runs_of_small_operators(
     assert resolve(decided.experiment).experiment.config == decided.experiment.config
 
 
-def test_auto_does_without_inductor_where_that_is_missing_or_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_does_without_inductor_where_that_is_missing_or_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     made = config() | {"outer": LONG}
     monkeypatch.setattr(resolve_module, "compiler_missing", lambda: "no C++ compiler was found")
     assert resolve(Experiment(validate(made))).experiment.config.engine.compile == "trace"
@@ -139,6 +141,7 @@ def test_auto_does_without_inductor_where_that_is_missing_or_fails(monkeypatch: 
     decided = resolve(Experiment(validate(made)))
     assert decided.experiment.config.engine.compile == "trace"
     assert decided.reason == "inductor cannot compile it: no kernel for this"
+    assert capsys.readouterr().err.startswith("compiling the meta-gradient")
 
 
 class Dropped(nn.Module):
