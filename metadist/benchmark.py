@@ -6,6 +6,7 @@ that are right are timed in turn, round by round, so that a machine whose speed 
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -131,7 +132,7 @@ class EngineBench:
         config = self._experiment.config
         tasks = int(config.outer.tasks_per_microbatch)
         self.automatic = self._way_of_auto(tasks)
-        plain = [Way("vectorised", "trace", c, False, tasks) for c in self.convolutions()]
+        plain = [Way("vectorised", "trace", c, False, tasks) for c in self.convolutions]
         eager = [replace(w, strategy=s, compile=False) for s in ("vectorised", "adjoint") for w in plain]
         self.measure([*plain, *eager, Way("loop", False, "direct", False, tasks)])
         best = self.best()
@@ -144,6 +145,7 @@ class EngineBench:
             self.measure([replace(self.best().way, recompute=True)])
         return self.best()
 
+    @functools.cached_property
     def convolutions(self) -> tuple[str, ...]:
         """The ways to compute convolutions that can differ for this model."""
         convolutional = any(isinstance(m, torch.nn.Conv2d) for m in self._learner(REFERENCE).model.module.modules())
@@ -163,7 +165,7 @@ class EngineBench:
         left_open = {"strategy": "auto", "compile": form, "recompute": False, "convolution": "auto", "memory": None}
         decided = resolve(self._experiment.with_engine(**left_open, tasks_together=None)).experiment
         engine = decided.config.engine
-        convolution = decided.learner().model.convolution if len(self.convolutions()) > 1 else "direct"
+        convolution = decided.learner().model.convolution if len(self.convolutions) > 1 else "direct"
         assert engine.compile != "auto"  # it is decided
         return Way(engine.strategy, engine.compile, convolution, False, tasks)
 
@@ -181,13 +183,19 @@ class EngineBench:
         ready = [w for w in fresh if self._prepare(w)]
         if ready and any(t.seconds for t in self.timings.values()):
             ready.append(self.best().way)
-        for _ in range(self._rounds):
-            for way in ready:
+        for way, seconds in self.in_turns(ready, self._rounds).items():
+            self.timings[way].seconds += seconds
+            self._say(f"{way.name}: {self.timings[way].ms_per_task:.2f} ms a task")
+
+    def in_turns(self, ways: Iterable[Way], rounds: int) -> dict[Way, list[float]]:
+        """Seconds a task of each way, which is prepared, in each round."""
+        found: dict[Way, list[float]] = {way: [] for way in ways}
+        for _ in range(rounds):
+            for way, seconds in found.items():
                 start = time.perf_counter()
                 self.calls[way]()
-                self.timings[way].seconds.append((time.perf_counter() - start) / way.tasks)
-        for way in ready:
-            self._say(f"{way.name}: {self.timings[way].ms_per_task:.2f} ms a task")
+                seconds.append((time.perf_counter() - start) / way.tasks)
+        return found
 
     def _prepare(self, way: Way) -> bool:
         """Makes the call and checks what it gives; whether it may be timed."""

@@ -61,10 +61,11 @@ def resolve(experiment: Experiment) -> Resolved:
     """
     experiment, left_out = _without_bad_blocks(experiment)
     section, reason = experiment.config.engine, ""
-    strategy = section.strategy
-    compiled = _form(experiment) if section.compile == "auto" else section.compile
+    strategy, compiled = section.strategy, section.compile
     if strategy in ("adjoint", "loop"):
         compiled = False
+    elif compiled == "auto":
+        compiled = _form(experiment)
     if compiled is True and (reason := compiler_missing()):
         compiled = "trace"
     if strategy == "auto":

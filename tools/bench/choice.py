@@ -13,7 +13,6 @@ import argparse
 import datetime
 import statistics
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,14 +48,14 @@ def compare(workload: Workload, rounds: int, inductor: bool) -> dict[str, Any]:
     bench.measure(
         Way("vectorised", form, convolution, False, tasks)
         for tasks in dict.fromkeys([*bench.sizes(), TOGETHER[workload.family]])
-        for convolution in bench.convolutions()
+        for convolution in bench.convolutions
         for form in forms
     )
     least = bench.best().ms_per_task or 0.0
     last = [w for w, t in bench.timings.items() if t.seconds and (t.ms_per_task or 0) <= FIELD * least]
     same = [w for w in bench.timings if w.tasks == bench.automatic.tasks and bench.timings[w].seconds]
     nearest = min(same, key=lambda w: bench.timings[w].ms_per_task or 0.0)
-    times = in_turns(bench, list(dict.fromkeys([written, bench.automatic, nearest, *last])), 4 * rounds)
+    times = bench.in_turns([written, bench.automatic, nearest, *last], 4 * rounds)
     by_hand = min(times, key=lambda w: statistics.median(times[w]))
     alike = min((w for w in times if w.tasks == bench.automatic.tasks), key=lambda w: statistics.median(times[w]))
     return {
@@ -70,17 +69,6 @@ def compare(workload: Workload, rounds: int, inductor: bool) -> dict[str, Any]:
         "ways": len(bench.timings),
         "ms_per_task": {w.name: 1e3 * statistics.median(t) for w, t in times.items()},
     }
-
-
-def in_turns(bench: EngineBench, ways: list[Way], rounds: int) -> dict[Way, list[float]]:
-    """Seconds a task of each way in each round."""
-    found: dict[Way, list[float]] = {way: [] for way in ways}
-    for _ in range(rounds):
-        for way in ways:
-            start = time.perf_counter()
-            bench.calls[way]()
-            found[way].append((time.perf_counter() - start) / way.tasks)
-    return found
 
 
 def ratio(ours: list[float], best: list[float]) -> float:

@@ -63,23 +63,30 @@ class Padded {
   std::vector<int64_t> at_;
 };
 
-// Calls with the most registers of columns that fit, until all are done.
-template <typename T, typename Four, typename Two, typename One>
-void columns(int64_t padded, Four four, Two two, One one) {
-  constexpr int64_t N = Lanes<T>::N;
-  int64_t n = 0;
-  for (; n + kColumns * N <= padded; n += kColumns * N) four(n);
-  if (kColumns > 2 && n + 2 * N <= padded) two(n), n += 2 * N;
-  for (; n < padded; n += N) one(n);
-}
+template <int N>
+using Count = std::integral_constant<int, N>;
 
 // Calls with 6, 2 or 1 rows at a time until all are done.
-template <typename Six, typename Two, typename One>
-void rows(int64_t all, Six six, Two two, One one) {
+template <typename Do>
+void blocks_of_rows(int64_t rows, Do act) {
   int64_t r = 0;
-  for (; r + kRows <= all; r += kRows) six(r);
-  for (; r + 2 <= all; r += 2) two(r);
-  for (; r < all; r++) one(r);
+  for (; r + kRows <= rows; r += kRows) act(Count<kRows>(), r);
+  for (; r + 2 <= rows; r += 2) act(Count<2>(), r);
+  for (; r < rows; r++) act(Count<1>(), r);
+}
+
+// Calls with blocks of rows and of as many registers of columns as fit: how many of both, and the first row and column.
+template <typename T, typename Do>
+void blocks(int64_t rows, int64_t columns, Do act) {
+  constexpr int64_t N = Lanes<T>::N;
+  int64_t c = 0;
+  auto strip = [&](auto registers) {
+    blocks_of_rows(rows, [&](auto count, int64_t r) { act(count, registers, r, c); });
+    c += registers * N;
+  };
+  while (c + kColumns * N <= columns) strip(Count<kColumns>());
+  if (kColumns > 2 && c + 2 * N <= columns) strip(Count<2>());
+  while (c < columns) strip(Count<1>());
 }
 
 // The registers of R rows, added up.
@@ -178,13 +185,6 @@ inline void convolve_block(const Padded<T>& x, int64_t first, const T* w, int64_
       if (const int64_t c = o + n * Lanes<T>::N; c < s.outputs) Lanes<T>::store(y + (first + r) * s.outputs + c, sums.sum[r][n], s.outputs - c);
 }
 
-template <typename T, int NV>
-void convolve_strip(const Padded<T>& x, int64_t all, const T* w, int64_t padded, T* y, int64_t o, const Shape& s) {
-  rows(all, [&](int64_t r) { convolve_block<T, kRows, NV>(x, r, w + o, padded, y, o, s); },
-       [&](int64_t r) { convolve_block<T, 2, NV>(x, r, w + o, padded, y, o, s); },
-       [&](int64_t r) { convolve_block<T, 1, NV>(x, r, w + o, padded, y, o, s); });
-}
-
 // y = x * w.
 template <typename T>
 void convolve(const T* x, const T* w, T* y, const Shape& s) {
@@ -197,9 +197,9 @@ void convolve(const T* x, const T* w, T* y, const Shape& s) {
       const int64_t now = std::min(pictures.most(), s.batch - b);
       pictures.take(x + (g * s.batch + b) * s.picture(), now);
       T* to = y + (g * s.batch + b) * s.made();
-      columns<T>(padded, [&](int64_t o) { convolve_strip<T, kColumns>(pictures, now * each, weight, padded, to, o, s); },
-                 [&](int64_t o) { convolve_strip<T, 2>(pictures, now * each, weight, padded, to, o, s); },
-                 [&](int64_t o) { convolve_strip<T, 1>(pictures, now * each, weight, padded, to, o, s); });
+      blocks<T>(now * each, padded, [&](auto rows, auto registers, int64_t r, int64_t o) {
+        convolve_block<T, rows, registers>(pictures, r, weight + o, padded, to, o, s);
+      });
     }
   }
 }
@@ -215,13 +215,6 @@ inline void spread_block(const T* y, int64_t first, const T* w, int64_t padded, 
       T* to = x.window(first + r) + tap + c + n * Lanes<T>::N;
       Lanes<T>::store(to, Lanes<T>::load(to) + sums.sum[r][n]);
     }
-}
-
-template <typename T, int NV>
-void spread_strip(const T* y, int64_t all, const T* w, int64_t padded, const Padded<T>& x, int64_t tap, int64_t c, const Shape& s) {
-  rows(all, [&](int64_t r) { spread_block<T, kRows, NV>(y, r, w + c, padded, x, tap, c, s); },
-       [&](int64_t r) { spread_block<T, 2, NV>(y, r, w + c, padded, x, tap, c, s); },
-       [&](int64_t r) { spread_block<T, 1, NV>(y, r, w + c, padded, x, tap, c, s); });
 }
 
 // The transpose of convolve() in x: every output's slope, spread over its window.
@@ -240,9 +233,9 @@ void spread(const T* y, const T* w, T* x, const Shape& s) {
         for (int64_t v = 0; v < s.kernel_w; v++, k++) {
           const T* of_tap = weight + k * s.outputs * padded;
           const int64_t tap = s.tap(u, v);
-          columns<T>(padded, [&](int64_t c) { spread_strip<T, kColumns>(from, now * each, of_tap, padded, pictures, tap, c, s); },
-                     [&](int64_t c) { spread_strip<T, 2>(from, now * each, of_tap, padded, pictures, tap, c, s); },
-                     [&](int64_t c) { spread_strip<T, 1>(from, now * each, of_tap, padded, pictures, tap, c, s); });
+          blocks<T>(now * each, padded, [&](auto rows, auto registers, int64_t r, int64_t c) {
+            spread_block<T, rows, registers>(from, r, of_tap + c, padded, pictures, tap, c, s);
+          });
         }
       pictures.give(x + (g * s.batch + b) * s.picture(), now);
     }
@@ -265,13 +258,6 @@ inline void correlate_block(const Padded<T>& x, int64_t from, const T* y, int64_
       }
 }
 
-template <typename T, int NV>
-void correlate_strip(const Padded<T>& x, int64_t tap, const T* y, int64_t padded, int64_t all, T* w, int64_t o, bool more, const Shape& s) {
-  rows(s.inputs, [&](int64_t c) { correlate_block<T, kRows, NV>(x, tap + c, y + o, padded, all, w + c * s.outputs, o, more, s); },
-       [&](int64_t c) { correlate_block<T, 2, NV>(x, tap + c, y + o, padded, all, w + c * s.outputs, o, more, s); },
-       [&](int64_t c) { correlate_block<T, 1, NV>(x, tap + c, y + o, padded, all, w + c * s.outputs, o, more, s); });
-}
-
 // The transpose of convolve() in w.
 template <typename T>
 void correlate(const T* x, const T* y, T* w, const Shape& s) {
@@ -286,9 +272,9 @@ void correlate(const T* x, const T* y, T* w, const Shape& s) {
         for (int64_t v = 0; v < s.kernel_w; v++, k++) {
           T* to = w + k * s.inputs * s.outputs;
           const int64_t tap = s.tap(u, v);
-          columns<T>(padded, [&](int64_t o) { correlate_strip<T, kColumns>(pictures, tap, slope, padded, now * each, to, o, b > 0, s); },
-                     [&](int64_t o) { correlate_strip<T, 2>(pictures, tap, slope, padded, now * each, to, o, b > 0, s); },
-                     [&](int64_t o) { correlate_strip<T, 1>(pictures, tap, slope, padded, now * each, to, o, b > 0, s); });
+          blocks<T>(s.inputs, padded, [&](auto rows, auto registers, int64_t c, int64_t o) {
+            correlate_block<T, rows, registers>(pictures, tap + c, slope + o, padded, now * each, to + c * s.outputs, o, b > 0, s);
+          });
         }
     }
 }

@@ -22,7 +22,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 from metadist.inner.kernels.build import function
 from metadist.inner.kernels.columns import output_size
-from metadist.inner.kernels.groups import members
+from metadist.inner.kernels.groups import as_weights_are, of_pictures, with_weights
 from metadist.inner.kernels.operator import operator
 
 _SOURCE = Path(__file__).with_name("taps.cpp")
@@ -153,15 +153,19 @@ def _each(convolution: Any, pictures: Tensor, weights: Tensor) -> Tensor:
     return torch.stack(made).contiguous()
 
 
-class _Convolve(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor, stride: Any, padding: Any) -> Tensor:
-        return convolve(x.contiguous(), weight.contiguous(), stride, padding)
+class _OfTwo(torch.autograd.Function):
+    """A function of two tensors whose last arguments are stride and padding."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.save_for_backward(*inputs[:2])
-        ctx.how = inputs[2:]
+        ctx.how = inputs[-2:]
+
+
+class _Convolve(_OfTwo):
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, stride: Any, padding: Any) -> Tensor:
+        return convolve(x.contiguous(), weight.contiguous(), stride, padding)
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> Any:
@@ -172,18 +176,13 @@ class _Convolve(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Tensor, weight: Tensor, *how: Any) -> Any:
-        return _of_members(_Convolve, info.batch_size, in_dims, x, weight, how), 0
+        return with_weights(_Convolve, info.batch_size, in_dims, x, weight, *how), 0
 
 
-class _Spread(torch.autograd.Function):
+class _Spread(_OfTwo):
     @staticmethod
     def forward(y: Tensor, weight: Tensor, size: Any, stride: Any, padding: Any) -> Tensor:
         return spread(y.contiguous(), weight.contiguous(), size, stride, padding)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(*inputs[:2])
-        ctx.how = inputs[3:]
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> Any:
@@ -194,18 +193,13 @@ class _Spread(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, y: Tensor, weight: Tensor, *how: Any) -> Any:
-        return _of_members(_Spread, info.batch_size, in_dims, y, weight, how), 0
+        return with_weights(_Spread, info.batch_size, in_dims, y, weight, *how), 0
 
 
-class _Correlate(torch.autograd.Function):
+class _Correlate(_OfTwo):
     @staticmethod
     def forward(x: Tensor, y: Tensor, kernel: Any, stride: Any, padding: Any) -> Tensor:
         return correlate(x.contiguous(), y.contiguous(), kernel, stride, padding)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(*inputs[:2])
-        ctx.how = inputs[3:]
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> Any:
@@ -216,27 +210,11 @@ class _Correlate(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Tensor, y: Tensor, *how: Any) -> Any:
-        n = info.batch_size
-        x, y = (members(t, d, n).flatten(0, 1) for t, d in zip((x, y), in_dims[:2], strict=True))
-        return _Correlate.apply(x, y, *how).unflatten(0, (n, -1)), 0
+        return of_pictures(_Correlate, info.batch_size, in_dims, x, y, *how), 0
 
 
 def _slope_of_weight(x: Tensor, y: Tensor, weight: Tensor, how: Any) -> Tensor:
-    if len(weight) < len(x):  # shared: one group of all pictures
-        x, y = (t.reshape(1, -1, *t.shape[2:]) for t in (x, y))
-    return _Correlate.apply(x, y, list(weight.shape[1:3]), *how)
-
-
-def _of_members(function: Any, n: int, in_dims: Any, pictures: Tensor, weight: Tensor, how: Any) -> Tensor:
-    """``function`` of what vmap gives: a group for each member, or one where they share the weights."""
-    pictures = members(pictures, in_dims[0], n)
-    if in_dims[1] is None and len(weight) == 1:
-        made = function.apply(pictures.transpose(0, 1).flatten(1, 2), weight, *how)
-        return made.unflatten(1, (n, -1)).transpose(0, 1)
-    weight = members(weight, in_dims[1], n)
-    if weight.shape[1] < pictures.shape[1]:
-        weight = weight.expand(-1, pictures.shape[1], -1, -1, -1, -1)
-    return function.apply(pictures.flatten(0, 1), weight.flatten(0, 1), *how).unflatten(0, (n, -1))
+    return _Correlate.apply(*as_weights_are(weight, x, y), list(weight.shape[1:3]), *how)  # type: ignore[no-any-return]
 
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int]) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from metadist.inner.kernels.build import function
-from metadist.inner.kernels.groups import members
+from metadist.inner.kernels.groups import as_weights_are, of_pictures, with_weights
 from metadist.inner.kernels.operator import operator
 
 _SOURCE = Path(__file__).with_name("winograd.cpp")
@@ -130,22 +130,11 @@ class _Convolve(torch.autograd.Function):
         g_x = _Convolve.apply(slope, _turned(weight), _other(ctx.padding)) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return g_x, None, None
-        if len(weight) < len(x):  # shared: one group of all pictures
-            x, slope = (t.reshape(1, -1, *t.shape[2:]) for t in (x, slope))
-        return g_x, _Correlate.apply(x, slope, ctx.padding), None
+        return g_x, _Correlate.apply(*as_weights_are(weight, x, slope), ctx.padding), None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Tensor, weight: Tensor, padding: Any) -> Any:
-        n = info.batch_size
-        x = members(x, in_dims[0], n)
-        if in_dims[1] is None and len(weight) == 1:
-            # Shared by all: the members are so many more pictures of one group.
-            made = _Convolve.apply(x.transpose(0, 1).flatten(1, 2), weight, padding)
-            return made.unflatten(1, (n, -1)).transpose(0, 1), 0
-        weight = members(weight, in_dims[1], n)
-        if weight.shape[1] < x.shape[1]:
-            weight = weight.expand(-1, x.shape[1], -1, -1, -1, -1)
-        return _Convolve.apply(x.flatten(0, 1), weight.flatten(0, 1), padding).unflatten(0, (n, -1)), 0
+        return with_weights(_Convolve, info.batch_size, in_dims, x, weight, padding), 0
 
 
 class _Correlate(torch.autograd.Function):
@@ -166,9 +155,7 @@ class _Correlate(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Tensor, y: Tensor, padding: Any) -> Any:
-        n = info.batch_size
-        x, y = (members(t, d, n).flatten(0, 1) for t, d in zip((x, y), in_dims[:2], strict=True))
-        return _Correlate.apply(x, y, padding).unflatten(0, (n, -1)), 0
+        return of_pictures(_Correlate, info.batch_size, in_dims, x, y, padding), 0
 
 
 def _turned(weight: Tensor) -> Tensor:
