@@ -404,27 +404,37 @@ class _Training:
         if self.controller.begun != round:
             self.controller.begin(round)
         result = self.controller.finish()
+        following = self._round(version + 1)
         before = time.perf_counter()
-        stats = self._commit(version, result)
+        stats = self._commit(version, result, following)
         self.controller.committed()
-        server_s = time.perf_counter() - before
+        ended = self.controller.started if self.controller.begun == following else time.perf_counter()
+        server_s = ended - before
         version += 1
         last, stopping = version == self.config.outer.steps, self.stop.signum is not None
         evaluates = self._evaluates(version) and not stopping
         keeps = stopping or last or version % self.config.checkpoint.every == 0
         snapshot = self.backend.snapshot() if keeps else None
-        if not (last or stopping or evaluates):
-            self.controller.begin(self._round(version))
+        if not (last or stopping or evaluates) and self.controller.begun != following:
+            self.controller.begin(following)
         self._record(version, result, stats, server_s)
         best = evaluates and self._validate(version)
         if keeps or best:
             self._checkpoint(snapshot or self.backend.snapshot(), best, last=last or stopping)
         return version
 
-    def _commit(self, version: int, result: RoundResult) -> dict[str, float]:
+    def _commit(self, version: int, result: RoundResult, following: Round) -> dict[str, float]:
+        """Makes the update; gives out the round that follows meanwhile, if nothing comes between them."""
         assert self.backend is not None
+        alone = isinstance(self.controller, AsynchronousController) or version + 1 == self.config.outer.steps
+        alone = alone or self._evaluates(version + 1) or self.stop.signum is not None
+
+        def meanwhile() -> None:
+            if not alone:
+                self.controller.begin(following)
+
         try:
-            return self.backend.commit(version, result.tasks, result.slots)
+            return self.backend.commit(version, result.tasks, result.slots, meanwhile)
         except FloatingPointError as e:
             raise NonFiniteError(
                 f"step {version + 1}", f"{e}; no update was made of it", "lower outer.lr or algorithm.inner_lr"

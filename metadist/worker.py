@@ -66,6 +66,7 @@ class MetaWorker:
         self._prefetch = Prefetcher(self._episodes)
         self._flat = torch.empty(self.layout.numel, dtype=self.layout.dtype)
         self._held: tuple[int, dict[str, torch.Tensor]] | None = None
+        self._views: dict[str, torch.Tensor] | None = None
         self._memory = resident_growth()
         runtime = experiment.config.runtime
         self._feedback = ErrorFeedback() if runtime.type == "ray" and runtime.wire == "bfloat16" else None
@@ -100,9 +101,7 @@ class MetaWorker:
                 sums.add(Block(0, m), self.layout.flatten(result.gradient).numpy())
             del result
         elapsed = time.perf_counter() - started
-        told = {
-            k: np.concatenate([some[k].double().cpu().numpy().reshape(-1) for some in metrics]) for k in metrics[0]
-        }
+        told = {k: torch.cat([some[k].reshape(-1) for some in metrics]).double().cpu().numpy() for k in metrics[0]}
         programs, gpu = self.learner.engine.programs, gpu_state(self.device)
         report = Report(lease, told, elapsed - waited, waited, bad, self._memory(), programs, gpu)
         blocks = sums.held() if lease.round.kind == "train" else {}
@@ -118,9 +117,17 @@ class MetaWorker:
             # A copy: the arrays may lie in memory shared with every process of the node.
             self._held = None
             np.concatenate(weights, out=self._flat.numpy())
-            named = self.layout.unflatten(self._flat)
-            self._held = version, {k: v.to(self.device) for k, v in named.items()}
+            self._held = version, self._named()
         return self._held[1]
+
+    def _named(self) -> dict[str, torch.Tensor]:
+        """The meta-parameters that the flat vector holds, on the device."""
+        if self._views is not None:
+            return {k: v.detach() for k, v in self._views.items()}
+        named = self.layout.unflatten(self._flat)
+        if self.device.type == "cpu" and set(self.layout.dtypes) == {self.layout.dtype}:
+            self._views = named  # they follow the vector
+        return {k: v.to(self.device) for k, v in named.items()}
 
     def _episodes(self, round: Round, microbatch: int) -> EpisodeBatch:
         source = self.experiment.source(round.split, round.size)

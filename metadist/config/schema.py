@@ -410,10 +410,11 @@ class RuntimeConfig(Section):
         description="numbers in which gradients travel to the server: bfloat16 halves the bytes, each worker sending "
         "with its next gradient what rounding took from the last; the run is not reproducible then",
     )
-    transport: Literal["object_store", "nixl"] = Field(
-        "object_store",
-        description="the way of gradients to the server: Ray's object store; or NIXL, for nodes that are joined by "
-        "RDMA, which wants the package nixl on each; changes no bit",
+    transport: Literal["auto", "object_store", "nixl"] = Field(
+        "auto",
+        description="the way of gradients to the server: memory that the processes of a node share, and Ray's object "
+        "store between nodes; the object store alone; or NIXL, for nodes that are joined by RDMA, which wants the "
+        "package nixl on each; changes no bit",
     )
     max_staleness: Natural = Field(
         0,
@@ -458,10 +459,9 @@ class RuntimeConfig(Section):
         if self.wire != "float32" and (self.max_staleness or self.quorum < 1):
             raise ValueError("wire: bfloat16 is for updates that wait for their meta-batch; write wire: float32")
         if self.topology != "server":
-            of_a_server = {
-                "max_staleness": 0, "node_sums": False, "server_shards": 1, "wire": "float32",
-                "transport": "object_store",
-            }  # fmt: skip
+            of_a_server = {"max_staleness": 0, "node_sums": False, "server_shards": 1, "wire": "float32"}
+            if self.transport == "nixl":
+                raise ValueError("transport: nixl is for topology: server; write transport: auto")
             for name, off in of_a_server.items():
                 if getattr(self, name) != off:
                     raise ValueError(f"{name} is for topology: server; write {name}: {str(off).lower()}")

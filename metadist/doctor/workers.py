@@ -25,7 +25,7 @@ _PATIENCE = 5.0
 """How many times as long as another answer the workers' start, and their first microbatch, may take."""
 
 _ONE_SERVER = {
-    "topology": "server", "server_shards": 1, "node_sums": False, "wire": "float32", "transport": "object_store",
+    "topology": "server", "server_shards": 1, "node_sums": False, "wire": "float32", "transport": "auto",
     "max_staleness": 0, "quorum": 1.0,
 }  # fmt: skip
 

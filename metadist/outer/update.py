@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,8 +30,7 @@ def chunk_starts(sizes: Sequence[int]) -> list[int]:
 
 def mean_and_squares(vector: Tensor, tasks: float, starts: Sequence[int]) -> list[float]:
     """Divides a vector by ``tasks``, in place; the sum of squares of each chunk, in float64."""
-    flat = vector.numpy()
-    return [vectors.mean_and_squares(flat[a:z], tasks) for a, z in pairwise([*starts, len(vector)])]
+    return vectors.mean_and_squares(vector.numpy(), tasks, np.array([*starts, len(vector)], np.int64))
 
 
 def norm_of(squares: Iterable[float]) -> float:

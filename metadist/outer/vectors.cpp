@@ -71,9 +71,9 @@ void tree_sum(const T *const *in, const int32_t *program, int64_t length, T *out
     }
 }
 
-// Divides a vector, in place; its sum of squares, in as many lanes as are added in their order at the end.
+// Divides a chunk, in place; its sum of squares, in as many lanes as are added in their order at the end.
 template <class T>
-void mean_and_squares(T *x, int64_t n, T tasks, double *squares) {
+double mean_and_square(T *x, int64_t n, T tasks) {
     double lanes[LANES] = {};
     int64_t j = 0;
     for (; j + LANES <= n; j += LANES)
@@ -86,8 +86,16 @@ void mean_and_squares(T *x, int64_t n, T tasks, double *squares) {
         x[j] /= tasks;
         lanes[k] += static_cast<double>(x[j]) * static_cast<double>(x[j]);
     }
-    *squares = 0;
-    for (double lane : lanes) *squares += lane;
+    double square = 0;
+    for (double lane : lanes) square += lane;
+    return square;
+}
+
+// The same of chunks, whose bounds are one more than they.
+template <class T>
+void mean_and_squares(T *x, const int64_t *bounds, int64_t chunks, T tasks, double *squares) {
+    for (int64_t i = 0; i < chunks; ++i)
+        squares[i] = mean_and_square(x + bounds[i], bounds[i + 1] - bounds[i], tasks);
 }
 
 }  // namespace
@@ -99,10 +107,10 @@ void tree_sum_f32(const float *const *in, const int32_t *program, int64_t length
 void tree_sum_f64(const double *const *in, const int32_t *program, int64_t length, double *out, int64_t n) {
     tree_sum(in, program, length, out, n);
 }
-void mean_and_squares_f32(float *x, int64_t n, double tasks, double *squares) {
-    mean_and_squares(x, n, static_cast<float>(tasks), squares);
+void mean_and_squares_f32(float *x, const int64_t *bounds, int64_t chunks, double tasks, double *squares) {
+    mean_and_squares(x, bounds, chunks, static_cast<float>(tasks), squares);
 }
-void mean_and_squares_f64(double *x, int64_t n, double tasks, double *squares) {
-    mean_and_squares(x, n, tasks, squares);
+void mean_and_squares_f64(double *x, const int64_t *bounds, int64_t chunks, double tasks, double *squares) {
+    mean_and_squares(x, bounds, chunks, tasks, squares);
 }
 }

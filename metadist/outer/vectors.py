@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ _SOURCE = Path(__file__).with_name("vectors.cpp")
 _SUM = (
     ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_int32), ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64,
 )  # fmt: skip
-_MEAN = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.POINTER(ctypes.c_double))
+_MEAN = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p)
 _LANES = 16
 _DTYPES = {np.dtype(np.float32): torch.float32, np.dtype(np.float64): torch.float64}
 
@@ -42,22 +43,23 @@ def tree_sum(program: Sequence[int], values: Sequence[np.ndarray]) -> np.ndarray
     return out
 
 
-def mean_and_squares(vector: np.ndarray, tasks: float) -> float:
-    """Divides a vector by ``tasks``, in place; the sum of squares of what it is then, in float64.
+def mean_and_squares(vector: np.ndarray, tasks: float, bounds: np.ndarray) -> list[float]:
+    """Divides a vector by ``tasks``, in place; the sums of squares of its chunks as they are then, in float64.
 
     Squares are added in sixteen lanes, and these in their order: the same bits with or without a compiler.
 
     Args:
         vector: ``[n]``, contiguous; changed.
         tasks: what to divide by, in the vector's own precision.
+        bounds: where the chunks begin, and at the end ``n``, int64 ``[chunks + 1]``; they leave nothing out.
     """
     made = _DTYPES.get(vector.dtype)
     mean = function(_SOURCE, "mean_and_squares", torch.device("cpu"), made, _MEAN) if made else None
     if mean is not None and vector.flags.c_contiguous:
-        squares = ctypes.c_double()
-        mean(vector.ctypes.data, len(vector), tasks, ctypes.byref(squares))
-        return squares.value
-    return _mean_plainly(vector, tasks)
+        squares = np.empty(len(bounds) - 1)
+        mean(vector.ctypes.data, bounds.ctypes.data, len(squares), tasks, squares.ctypes.data)
+        return squares.tolist()
+    return [_mean_plainly(vector[a:z], tasks) for a, z in pairwise(bounds.tolist())]
 
 
 def _mean_plainly(vector: np.ndarray, tasks: float) -> float:

@@ -42,8 +42,8 @@ class AsynchronousController(Controller):
         self.begun = round
         # A ledger of nothing: what is waited for is the flow's business.
         self._ledger = Ledger(replace(round, tasks=0), self._next_lease)
-        self._update, self._started = round, self.clock()
-        self.timesheet.begin(self._started)
+        self._update, self.started = round, self.clock()
+        self.timesheet.begin(self.started)
         self._take()
         self._lend()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -120,13 +120,21 @@ class Backend(Protocol):
             The leases of which it did not come, and never will.
         """
 
-    def commit(self, version: int, tasks: float, slots: Sequence[int] | None = None) -> dict[str, float]:
+    def commit(
+        self,
+        version: int,
+        tasks: float,
+        slots: Sequence[int] | None = None,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> dict[str, float]:
         """Makes the next version of the gradients that were accepted and have settled; returns the update's statistics.
 
         Args:
             version: the server's.
             tasks: over how many the mean is taken; weighted ones count for their weight.
             slots: the places in the sum that are filled, if not all are.
+            meanwhile: called, where that can be, while the update is made: leases that it gives out are of the version
+                that is being made, and begin with it.
         """
 
     def restore(self, snapshot: dict[str, Any], error: ServerLostError) -> None:

@@ -134,8 +134,8 @@ class Controller:
         """Gives out a round's first leases; :meth:`finish` must follow."""
         self.begun = round
         self._ledger = Ledger(round, self._next_lease, self.quorum if round.kind == "train" else 1.0)
-        self._started = self.clock()
-        self.timesheet.begin(self._started)
+        self.started = self.clock()
+        self.timesheet.begin(self.started)
         self._reports: dict[int, tuple[int, Report]] = {}
         self._lend()
 
@@ -190,6 +190,8 @@ class Controller:
             raise no_workers(now - self._alone_since)
 
     def _lend(self) -> None:
+        if self._ledger.finished:
+            return
         now, kind = self.clock(), self._ledger.round.kind
         idle = self.backend.idle()
         leases = self._ledger.deal(idle, now, functools.partial(self.pace.shares, kind))
@@ -282,7 +284,7 @@ class Controller:
     def _clocked(self, result: RoundResult) -> RoundResult:
         """The result with how long the round took, which ends now."""
         now = self.clock()
-        result.seconds, result.spent = now - self._started, self.timesheet.close(now, self.backend.workers())
+        result.seconds, result.spent = now - self.started, self.timesheet.close(now, self.backend.workers())
         return result
 
     def _result(self) -> RoundResult:

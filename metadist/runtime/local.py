@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,7 +67,13 @@ class LocalBackend:
     def settle(self) -> list[Lease]:
         return []
 
-    def commit(self, version: int, tasks: float, slots: Sequence[int] | None = None) -> dict[str, float]:
+    def commit(
+        self,
+        version: int,
+        tasks: float,
+        slots: Sequence[int] | None = None,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> dict[str, float]:
         self._weights, stats = self._server.commit(version, tasks, slots=slots)
         return stats
 

@@ -7,17 +7,19 @@ so that nothing runs twice behind the controller's back.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
-from ray.exceptions import ActorDiedError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayError, RayTaskError
 
 from metadist.config.schema import WorkersRange
 from metadist.errors import ClusterError, MetadistError, ServerLostError, first_line
@@ -25,12 +27,16 @@ from metadist.experiment import Experiment
 from metadist.rounds import Lease
 from metadist.runtime.backend import Computed, Died, Event, Joined, Left, Moved
 from metadist.runtime.cluster import connect, draining_nodes, plan_workers, room_for_workers, within_messages
-from metadist.runtime.ray_server import RayServer, cause_of, kill, server_is_gone
+from metadist.runtime.messages import packed, unpacked
+from metadist.runtime.ray_server import Part, RayServer, areas_of, cause_of, kill, server_is_gone
 from metadist.runtime.recovery import GiveUp, Kind, Limits, Loss, Losses
+from metadist.runtime.shared import Area, Reader, Shared, SharedMemoryLost, Writer
 from metadist.runtime.transport import Transport, transport_named
 from metadist.worker import LeaseWorker, MetaWorker
 
 _START_TIMEOUT_S = 300.0
+_REACH_S = 0.1
+"""How long a worker that is ready is waited for, once, to say whether it can open the server's memory."""
 _MEMBERSHIP_S = 1.0
 _COMPANY_S = 0.004
 """How long a small gradient waits for others to be sent with it."""
@@ -46,31 +52,97 @@ class WorkerProcess:
 
     def __init__(self, experiment: Experiment, device: str, make: MakeWorker, transport: Transport) -> None:
         self._experiment, self._device, self._make, self._transport = experiment, device, make, transport
+        self._reader, self._writer = Reader(), Writer()
 
     def ready(self) -> dict[str, Any]:
         # Not in the constructor, whose errors reach the driver as text alone.
         self._transport.check()
         self._worker = self._make(self._experiment, self._device)
-        return {"node": str(ray.get_runtime_context().get_node_id())}
+        return {"node": str(ray.get_runtime_context().get_node_id()), "pid": os.getpid()}
 
 
 @ray.remote
 class _Worker(WorkerProcess):
-    def compute(self, lease: Lease, cuts: list[tuple[int, int]], *weights: np.ndarray) -> tuple[Any, ...]:
-        """The report, and what is for each shard of the server, whose weights came in the same order."""
-        report, blocks = self._worker.compute(lease, weights)
-        return report, *(self._transport.pack({block: v[a:z] for block, v in blocks.items()}) for a, z in cuts)
+    def reach(self, offers: list[Shared | None]) -> list[bool]:
+        """Which of these it can open, one for each shard of a server; what it has of another server is closed."""
+        self._reader.keep({offer.area.pid for offer in offers if offer is not None})
+        return [offer is not None and self._opens(offer) for offer in offers]
+
+    def _opens(self, offer: Shared) -> bool:
+        try:
+            self._reader.read(offer)
+        except SharedMemoryLost:
+            return False
+        return True
+
+    def compute(self, message: bytes, *stored: np.ndarray) -> Any:
+        """The report with the places of what is for shards that are near, and what is for each of the others.
+
+        Args:
+            message: the :class:`_Order`.
+            stored: weights of the shards of which its ``weights`` has none.
+        """
+        order: _Order = unpacked(message)
+        self._writer.let_go(order.done)
+        rest = iter(stored)
+        weights = [next(rest) if part is None else self._reader.read(part)[None] for part in order.weights]
+        report, blocks = self._worker.compute(order.lease, weights)
+        near, far = (
+            [{block: v[a:z] for block, v in blocks.items()} for a, z, is_near in order.cuts if is_near == wanted]
+            for wanted in (True, False)
+        )
+        told = packed((report, self._writer.write(near) if near and blocks else []))
+        return (told, *map(self._transport.pack, far)) if far else told
+
+
+_Cut = tuple[int, int, bool]
+"""Where a shard's part begins and ends, and whether its gradient is to lie in memory of the node."""
+
+
+class _Order(NamedTuple):
+    """What a worker is asked.
+
+    Args:
+        lease: what is computed.
+        cuts: of the flat vector, one for each shard.
+        done: areas of the worker that nobody reads any more.
+        weights: where those of each shard lie, if they lie in memory of the node.
+    """
+
+    lease: Lease
+    cuts: list[_Cut]
+    done: list[Area]
+    weights: list[Shared | None]
+
+
+def _answer_to(ref: ObjectRef, timeout: float) -> dict[ObjectRef, Any]:
+    """See :meth:`RayBackend._arrived`, for one reference: an exchange less with Ray's own."""
+    try:
+        return {ref: ray.get(ref, timeout=timeout)}
+    except GetTimeoutError:
+        return {}
+    except RayError:
+        return {ref: None}
 
 
 @dataclass(eq=False)
 class Handle:
-    """A worker: its actor, what it was asked, the node it is on, whether it is to go."""
+    """A worker: its actor, what it was asked, the node it is on, whether it is to go.
+
+    ``near`` says which shards of the server ``reached`` it shares memory with, as far as it has ``reaching`` answered.
+    Nobody reads any more what lies in the areas ``done``.
+    """
 
     actor: ActorHandle
     starting: ObjectRef | None
-    answers: dict[ObjectRef, tuple[Lease, list[ObjectRef]]] = field(default_factory=dict)
+    answers: dict[ObjectRef, tuple[Lease, list[_Cut], list[ObjectRef]]] = field(default_factory=dict)
     node: str = ""
+    pid: int = 0
     leaving: bool = False
+    reached: RayServer | None = None
+    reaching: ObjectRef | None = None
+    near: list[bool] = field(default_factory=list)
+    done: list[Area] = field(default_factory=list)
 
 
 class RayBackend:
@@ -98,7 +170,8 @@ class RayBackend:
         self._runtime = experiment.config.runtime
         self._transport = transport_named(self._runtime.transport)
         self._handles: dict[int, Handle] = {}
-        self._answered: dict[int, tuple[Handle, list[ObjectRef]]] = {}
+        self._answered: dict[int, tuple[Handle, list[Part]]] = {}
+        self._accepted_parts: list[tuple[Handle, list[Part]]] = []
         self._membership_seen = 0.0
         self._next_worker = 0
         limits = Limits(
@@ -157,14 +230,38 @@ class RayBackend:
 
     def lease(self, worker: int, lease: Lease) -> None:
         handle = self._handles[worker]
-        report, *gradients = self._ask(handle.actor, lease)
-        handle.answers[report] = (lease, gradients)
+        report, cuts, gradients = self._ask(handle, lease)
+        handle.answers[report] = (lease, cuts, gradients)
 
-    def _ask(self, actor: ActorHandle, lease: Lease) -> list[ObjectRef]:
-        """References to the report, and to what is for each shard of the server."""
-        cuts, weights = self.server.cuts, self.server.weights
-        refs: list[ObjectRef] = actor.compute.options(num_returns=1 + len(cuts)).remote(lease, cuts, *weights)
-        return refs
+    def _ask(self, handle: Handle, lease: Lease) -> tuple[ObjectRef, list[_Cut], list[ObjectRef]]:
+        """A reference to the report; the shards' parts; and references to what is for those that are not near."""
+        near = self._near(handle)
+        weights = self.server.weights(near)
+        # Sums of a node take what comes by reference.
+        cuts = [(a, z, n and not self._runtime.node_sums) for (a, z), n in zip(self.server.cuts, near, strict=True)]
+        done, handle.done = handle.done, []
+        order = packed(_Order(lease, cuts, done, [part if isinstance(part, Shared) else None for part in weights]))
+        stored = [part for part in weights if not isinstance(part, Shared)]
+        far = sum(not is_near for _, _, is_near in cuts)
+        if not far:
+            return handle.actor.compute.remote(order, *stored), cuts, []
+        answers: list[ObjectRef] = handle.actor.compute.options(num_returns=1 + far).remote(order, *stored)
+        return answers[0], cuts, answers[1:]
+
+    def _near(self, handle: Handle) -> list[bool]:
+        """Which shards a worker shares memory with; none, until it has said so itself."""
+        wait_s = 0.0
+        if handle.reached is not self.server:
+            offers = self.server.offers(handle.node)
+            handle.reached, handle.near, handle.reaching = self.server, [False] * len(offers), None
+            if any(offers):
+                handle.reaching, wait_s = handle.actor.reach.remote(offers), _REACH_S
+        if handle.reaching is not None and ray.wait([handle.reaching], timeout=wait_s)[0]:
+            # If it is gone, the lease will say so.
+            with contextlib.suppress(RayError):
+                handle.near = ray.get(handle.reaching)
+            handle.reaching = None
+        return handle.near
 
     def wait(self, timeout: float) -> list[Event]:
         arrived = self._arrived(timeout)
@@ -190,6 +287,8 @@ class RayBackend:
                 first, _ = ray.wait(waiting, num_returns=1, timeout=min(timeout, _COMPANY_S))
             if not first:
                 self._server.send_batch()
+        if len(waiting) == 1:
+            return _answer_to(waiting[0], timeout)
         first = first or ray.wait(waiting, num_returns=1, timeout=timeout)[0]
         if not first:
             return {}
@@ -202,6 +301,7 @@ class RayBackend:
 
     def accept(self, lease: Lease, version: int, count: int, slot: int | None = None, weight: float = 1.0) -> None:
         handle, parts = self._answered.pop(lease.number)
+        self._accepted_parts.append((handle, parts))
         if not self._runtime.node_sums:
             self.server.add(lease, version, count, parts, slot, weight)
             return
@@ -211,16 +311,33 @@ class RayBackend:
             self.server.pass_on(node)
 
     def drop(self, lease: Lease) -> None:
-        self._answered.pop(lease.number, None)
+        if lease.number in self._answered:
+            self._free([self._answered.pop(lease.number)])
+
+    @staticmethod
+    def _free(given: Iterable[tuple[Handle, list[Part]]]) -> None:
+        """Nobody will read these any more."""
+        for handle, parts in given:
+            handle.done += areas_of(parts)
 
     def settle(self) -> list[Lease]:
         return self.server.settle()
 
-    def commit(self, version: int, tasks: float, slots: Sequence[int] | None = None) -> dict[str, float]:
-        result = self.server.commit(version, tasks, slots)
+    def commit(
+        self,
+        version: int,
+        tasks: float,
+        slots: Sequence[int] | None = None,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> dict[str, float]:
+        read = {lease.round.version for h in self._handles.values() for lease, *_ in h.answers.values()}
         # In updates that do not wait, gradients are on their way at any time.
-        moves = not self._ending and not self._runtime.max_staleness
-        if moves and self._draining & self.server.nodes():
+        moves = not self._ending and not self._runtime.max_staleness and bool(self._draining & self.server.nodes())
+        # Workers hear of it with their next lease, which begins when it has the weights that are made of these.
+        self._free(self._accepted_parts)
+        self._accepted_parts.clear()
+        result = self.server.commit(version, tasks, slots, read, (lambda: None) if moves else meanwhile)
+        if moves:
             self._move_server()
         return result
 
@@ -228,7 +345,9 @@ class RayBackend:
         return self.server.snapshot()
 
     def restore(self, snapshot: dict[str, Any], error: ServerLostError) -> None:
+        self._free([*self._answered.values(), *self._accepted_parts])
         self._answered.clear()
+        self._accepted_parts.clear()
         while True:
             self._note("server", error.problem)
             try:
@@ -243,7 +362,7 @@ class RayBackend:
         It has started when this returns: workers that wait for its weights would be taken to hang.
         """
         self.server.close()
-        self._unwanted = {lease.number for h in self._handles.values() for lease, _ in h.answers.values()}
+        self._unwanted = {lease.number for h in self._handles.values() for lease, *_ in h.answers.values()}
         self._server = self._new_server(snapshot)
         self._server.wait()
 
@@ -306,7 +425,7 @@ class RayBackend:
             cause = cause_of(e)
             if not isinstance(cause, RayError):
                 raise cause from e
-            lease, _ = handle.answers.pop(ref, (None, []))
+            lease, *_ = handle.answers.pop(ref, (None,))
             if lease is not None and lease.number in self._unwanted:
                 return []
             # What workers are handed that can be lost is weights alone.
@@ -316,12 +435,14 @@ class RayBackend:
             expected = handle.leaving or (isinstance(e, ActorDiedError) and e.preempted)
             return [self._replace(number, first_line(e), expected)]
         if ref == handle.starting:
-            handle.starting, handle.node = None, value["node"]
+            handle.starting, handle.node, handle.pid = None, value["node"], value["pid"]
             return [Joined(number)]
-        lease, gradients = handle.answers.pop(ref)
+        lease, cuts, far = handle.answers.pop(ref)
+        report, near = unpacked(value)
         if lease.round.kind == "train":
-            self._answered[lease.number] = handle, gradients
-        return [Computed(number, value)]
+            sources = {True: iter(near), False: iter(far)}
+            self._answered[lease.number] = handle, [next(sources[is_near]) for _, _, is_near in cuts]
+        return [Computed(number, report)]
 
     def dismiss(self, worker: int, reason: str) -> Died:
         return self._replace(worker, reason)
@@ -348,7 +469,7 @@ class RayBackend:
         for number, handle in list(self._handles.items()):
             handle.leaving = handle.leaving or handle.node in draining
             if handle.leaving and not handle.answers:
-                kill(self._handles.pop(number).actor)
+                self._end(number)
                 self._hire()
                 events.append(Left(number, "its node is being drained"))
         if self._grows:
@@ -365,10 +486,16 @@ class RayBackend:
 
     def _replace(self, number: int, reason: str, expected: bool = False) -> Died:
         # The actor may still live if it was only out of reach, or hangs.
-        kill(self._handles.pop(number).actor)
+        self._end(number)
         self._note("worker", reason, expected)
         self._hire()
         return Died(number, reason)
+
+    def _end(self, number: int) -> None:
+        handle = self._handles.pop(number)
+        kill(handle.actor)
+        if self._server is not None and handle.pid:
+            self._server.forget(handle.pid)
 
     def _note(self, kind: Kind, reason: str, expected: bool = False) -> None:
         """Counts a loss.

@@ -6,20 +6,20 @@ For fixed membership: when a worker dies, all are started anew, at the last chec
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
 from ray import ObjectRef
-from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 
 from metadist.allreduce import Member, Update, join
 from metadist.errors import ServerLostError, first_line
 from metadist.experiment import Experiment
 from metadist.outer.partition import joined_snapshot
-from metadist.rounds import Lease, Report
+from metadist.rounds import Lease
 from metadist.runtime.backend import Died, Event
+from metadist.runtime.messages import packed
 from metadist.runtime.ray import Handle, RayBackend, WorkerProcess
 from metadist.runtime.ray_server import cause_of, kill
 
@@ -46,8 +46,8 @@ class _Member(WorkerProcess):
         join(*place, rank, world, timeout_s)
         self._member = Member(self._worker, snapshot, outer, rank, world, ordered)
 
-    def compute(self, lease: Lease) -> Report:
-        return self._member.compute(lease)
+    def compute(self, lease: Lease) -> bytes:
+        return packed((self._member.compute(lease), []))
 
     def drop(self, number: int) -> None:
         self._member.drop(number)
@@ -104,7 +104,13 @@ class AllReduceBackend(RayBackend):
     def settle(self) -> list[Lease]:
         return []  # gradients go with the update
 
-    def commit(self, version: int, tasks: float, slots: Sequence[int] | None = None) -> dict[str, float]:
+    def commit(
+        self,
+        version: int,
+        tasks: float,
+        slots: Sequence[int] | None = None,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> dict[str, float]:
         update = Update(version, self._count, tasks, slots, self._accepted)
         self._accepted = [[] for _ in self._ranks]
         told = self._got([handle.actor.update.remote(update) for handle in self._ranks])
@@ -131,8 +137,8 @@ class AllReduceBackend(RayBackend):
         del told["server_shards"]
         return told
 
-    def _ask(self, actor: ActorHandle, lease: Lease) -> list[ObjectRef]:
-        return [actor.compute.remote(lease)]
+    def _ask(self, handle: Handle, lease: Lease) -> tuple[ObjectRef, list[Any], list[ObjectRef]]:
+        return handle.actor.compute.remote(lease), [], []
 
     def _leave(self) -> list[Event]:
         return []

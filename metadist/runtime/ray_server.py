@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import ray
@@ -25,6 +25,8 @@ from metadist.outer.partition import cut, joined_snapshot, part_of_options, part
 from metadist.outer.update import norm_of
 from metadist.outer.wire import widened
 from metadist.rounds import Lease, sums_of
+from metadist.runtime.messages import packed, unpacked
+from metadist.runtime.shared import Area, Reader, Shared, Writer, can_share
 from metadist.runtime.transport import Transport
 from metadist.server import ParameterServer
 
@@ -35,16 +37,42 @@ _MOST_WITHIN = 8_000_000
 """Bytes that all answers of one call may take within its message; Ray's own limit is 10 MB."""
 
 
+_Given = tuple[int, int | None, float, Shared]
+"""A gradient in memory of the node: microbatches of the update, its place in the sum and its weight, where it lies."""
+
+
+class _Commit(NamedTuple):
+    """What a shard is asked to make an update of.
+
+    Args:
+        given: gradients that have not been sent.
+        version, tasks, norm, slots: as of :meth:`metadist.server.ParameterServer.commit`.
+        page: where processes of the shard's node are to find the weights; None: in a new place.
+        near: whether they are to.
+        far: whether the weights are to be returned, for all others.
+    """
+
+    given: list[_Given]
+    version: int
+    tasks: float
+    norm: float | None
+    slots: Sequence[int] | None
+    page: Shared | None
+    near: bool
+    far: bool
+
+
 @ray.remote
 class _Shard:
     def __init__(self, snapshot: dict[str, Any], options: dict[str, Any], threads: int, transport: Transport) -> None:
         # Views: what an actor returns is in the object store before its next call begins.
         self._server, self._transport = ParameterServer.at(snapshot, options, threads, views=True), transport
+        self._reader, self._writer = Reader(), Writer()
 
-    def ready(self) -> str:
-        """The node it is on."""
+    def ready(self) -> tuple[str, Shared | None]:
+        """The node it is on, and where the weights lie for processes of this node."""
         self._transport.check()
-        return str(ray.get_runtime_context().get_node_id())
+        return str(ray.get_runtime_context().get_node_id()), self._show(self._server.weights(), None)
 
     def weights(self) -> np.ndarray:
         return self._server.weights()
@@ -56,19 +84,49 @@ class _Shard:
         self._server.retract(slot)
 
     def add(self, version: int, count: int, slot: int | None, weight: float, *parts: Any) -> int:
-        given = (placed(_unpacked(self._transport, packed), slot, weight) for packed in parts)
+        given = (placed(self._blocks(part), slot, weight) for part in parts)
         return sum(self._server.add(version, count, blocks) for blocks in given)
 
-    def squares(self, version: int, tasks: float, slots: Sequence[int] | None) -> list[float]:
+    def squares(self, given: list[_Given], version: int, tasks: float, slots: Sequence[int] | None) -> list[float]:
+        self._take(given, version)
         return self._server.squares(version, tasks, slots)
 
-    def commit(
-        self, version: int, tasks: float, norm: float | None, slots: Sequence[int] | None
-    ) -> tuple[np.ndarray, dict[str, float]]:
-        return self._server.commit(version, tasks, norm, slots)
+    def commit(self, message: bytes) -> Any:
+        """The statistics and where the new weights lie for processes of this node; the weights, if others want them.
+
+        Args:
+            message: the :class:`_Commit`.
+        """
+        order: _Commit = unpacked(message)
+        self._take(order.given, order.version)
+        weights, stats = self._server.commit(order.version, order.tasks, order.norm, order.slots)
+        told = packed((stats, self._show(weights, order.page) if order.near else None))
+        return (told, weights) if order.far else told
+
+    def _take(self, given: list[_Given], version: int) -> None:
+        for count, slot, weight, part in given:
+            self.add(version, count, slot, weight, part)
 
     def snapshot(self) -> dict[str, Any]:
         return self._server.snapshot()
+
+    def forget(self, pid: int) -> None:
+        self._reader.forget([pid])
+
+    def _show(self, weights: np.ndarray, page: Shared | None) -> Shared | None:
+        """Puts the present version's weights where processes of this node find them: in a page, or a new one."""
+        if not (self._transport.shares_memory and can_share()):
+            return None
+        if page is None:
+            (page,) = self._writer.write([{None: weights}])
+        page = page._replace(stamp=self._server.version)
+        self._writer.write_again(page, {None: weights})
+        return page
+
+    def _blocks(self, part: Any) -> dict[Block, np.ndarray]:
+        if isinstance(part, Shared):
+            return {block: widened(value) for block, value in self._reader.read(part).items()}
+        return _given_by(self._transport, part)
 
 
 @ray.remote
@@ -83,8 +141,8 @@ class _NodeSum:
         """Takes a lease's gradients, one of ``parts`` for each shard of the server."""
         if version != self._version:
             self._version, self._sums = version, [TreeSum(count) for _ in parts]
-        for tree, packed in zip(self._sums, parts, strict=True):
-            for block, value in _unpacked(self._transport, packed).items():
+        for tree, part in zip(self._sums, parts, strict=True):
+            for block, value in _given_by(self._transport, part).items():
                 tree.add(block, value)
 
     def give(self, version: int) -> Any:
@@ -92,21 +150,22 @@ class _NodeSum:
         if version != self._version:
             raise ValueError(f"asked for the sums of version {version}, but version {self._version} is here")
         sums, self._sums, self._version = self._sums, [], -1
-        packed = tuple(self._transport.pack(tree.held()) for tree in sums)
-        return packed if len(packed) > 1 else packed[0]
+        given = tuple(self._transport.pack(tree.held()) for tree in sums)
+        return given if len(given) > 1 else given[0]
 
 
-def _unpacked(transport: Transport, packed: Any) -> dict[Block, np.ndarray]:
-    return {block: widened(value) for block, value in transport.unpack(packed).items()}
+def _given_by(transport: Transport, part: Any) -> dict[Block, np.ndarray]:
+    return {block: widened(value) for block, value in transport.unpack(part).items()}
 
 
 @dataclass
 class _Sent:
-    """Messages on their way, and the leases whose gradients are in them."""
+    """Messages on their way, the leases whose gradients are in them, and the memory that these lie in."""
 
     refs: list[ObjectRef]
     leases: list[Lease]
     slot: int | None = None
+    areas: Collection[Area] = ()
 
 
 @dataclass
@@ -115,7 +174,15 @@ class _Batch:
 
     version: int
     count: int
-    parts: list[Sequence[ObjectRef]] = field(default_factory=list)
+    parts: list[Sequence[Part]] = field(default_factory=list)
+
+
+@dataclass
+class _Waiting:
+    """Gradients for an update in memory that the shards have opened, for each shard; they go with what ends it."""
+
+    version: int
+    given: list[list[_Given]]
 
 
 @dataclass
@@ -136,9 +203,10 @@ class RayServer:
         runtime: how many shards, and their threads.
         transport: how gradients come to it.
         within: bytes of a gradient which Ray sends within the messages that would name it. What is so small is sent
-            with others, in one message, and cannot be lost on its way: nobody waits until it has come.
+            with others, in one message, and cannot be lost on its way: nobody waits until it has come. Nor can what
+            lies in memory that the server has opened: where it lies is told with the message that ends the update.
 
-    ``weights`` are references to the present version's weights, one for each of ``cuts`` of the flat vector.
+    ``cuts`` are the parts of the flat vector, one for each shard.
     """
 
     def __init__(
@@ -158,6 +226,9 @@ class RayServer:
         self._batch = _Batch(-1, 0)
         largest = max(z - a for a, z in self.cuts) * snapshot["weights"].itemsize
         self._small = within // largest if transport.within_messages and largest * len(self.cuts) < _MOST_WITHIN else 0
+        self._opened: set[Area] = set()
+        self._waiting = _Waiting(-1, [[] for _ in self.cuts])
+        self._asked_near = self._asked_far = False
         self._node_sums: dict[str, _Gathering] = {}
         # Shards compute nothing to speak of but move much: each on another node, as far as there are nodes. Where nodes
         # come and go they stay on the driver's, without which the run would end anyway.
@@ -171,8 +242,12 @@ class RayServer:
                 part, options, runtime.threads_per_worker, transport
             )
             self._shards.append(made)
-        self._nodes: list[ObjectRef] = [shard.ready.remote() for shard in self._shards]
-        self.weights: list[ObjectRef] = [shard.weights.remote() for shard in self._shards]
+        self._ready: list[ObjectRef] = [shard.ready.remote() for shard in self._shards]
+        self._homes: list[str] = []
+        self._shown: list[Shared | None] = [None] * len(self._shards)
+        # Where weights lie that were shown, the last of each place.
+        self._pages: list[list[Shared]] = [[] for _ in self._shards]
+        self._stored: list[ObjectRef | None] = [None] * len(self._shards)
 
     def wait(self) -> None:
         """Waits until it has started, which may take longer than any later answer.
@@ -180,20 +255,59 @@ class RayServer:
         Raises:
             ServerLostError: it did not.
         """
-        self._got(self._nodes, max(_START_TIMEOUT_S, self._timeout_s))
+        ready = self._got(self._ready, max(_START_TIMEOUT_S, self._timeout_s))
+        self._homes, self._shown = [node for node, _ in ready], [shown for _, shown in ready]
+        self._note_pages()
+
+    def offers(self, node: str) -> list[Shared | None]:
+        """Of each shard what a process of ``node`` may try to open, if it is on that node."""
+        pairs = zip(self._homes, self._shown, strict=True)
+        return [shown if home == node else None for home, shown in pairs] if self._homes else self._shown
+
+    def weights(self, near: Sequence[bool]) -> list[Part]:
+        """The present version's weights, of each shard where they lie or a reference to them.
+
+        Args:
+            near: whether who asks can open the shard's memory.
+        """
+        found: list[Part] = []
+        for i, shard in enumerate(self._shards):
+            shown, stored = self._shown[i], self._stored[i]
+            if near[i] and shown is not None:
+                found.append(shown)
+                continue
+            self._asked_far = True
+            self._stored[i] = stored = shard.weights.remote() if stored is None else stored
+            found.append(stored)
+        self._asked_near |= any(near)
+        return found
+
+    def forget(self, pid: int) -> None:
+        """Closes what was opened of a process that has ended, once what waits has come."""
+        self._send_waiting()
+        self._opened = {area for area in self._opened if area.pid != pid}
+        for shard in self._shards:
+            shard.forget.remote(pid)
 
     def add(
         self,
         lease: Lease,
         version: int,
         count: int,
-        parts: Sequence[ObjectRef],
+        parts: Sequence[Part],
         slot: int | None = None,
         weight: float = 1.0,
     ) -> None:
         """Sends each shard its part of what a lease gave; the rest as of ``Backend.accept``."""
-        if sums_of(range(lease.start, lease.stop), lease.round.microbatches) > self._small:
-            self._sent.append(_Sent(self._add(version, count, slot, weight, [parts]), [lease], slot))
+        areas = areas_of(parts)
+        here = [part for part in parts if isinstance(part, Shared)]
+        if len(here) == len(parts) and areas <= self._opened:
+            if self._waiting.version != version:
+                self._waiting = _Waiting(version, [[] for _ in self.cuts])
+            for of_shard, part in zip(self._waiting.given, here, strict=True):
+                of_shard.append((count, slot, weight, part))
+        elif here or sums_of(range(lease.start, lease.stop), lease.round.microbatches) > self._small:
+            self._sent.append(_Sent(self._add(version, count, slot, weight, [parts]), [lease], slot, areas))
         elif slot is not None or weight != 1.0:
             self._sure += self._add(version, count, slot, weight, [parts])
         else:
@@ -214,12 +328,12 @@ class RayServer:
             self._sure += self._add(batch.version, batch.count, None, 1.0, batch.parts)
 
     def _add(
-        self, version: int, count: int, slot: int | None, weight: float, given: list[Sequence[ObjectRef]]
+        self, version: int, count: int, slot: int | None, weight: float, given: list[Sequence[Part]]
     ) -> list[ObjectRef]:
         columns = zip(self._shards, zip(*given, strict=True), strict=True)
         return [shard.add.remote(version, count, slot, weight, *column) for shard, column in columns]
 
-    def add_on_node(self, node: str, lease: Lease, version: int, count: int, parts: Sequence[ObjectRef]) -> None:
+    def add_on_node(self, node: str, lease: Lease, version: int, count: int, parts: Sequence[Part]) -> None:
         """Sends a lease's gradients to the sums of the node they are on, which go on with :meth:`pass_on`."""
         if node not in self._node_sums:
             on_it = NodeAffinitySchedulingStrategy(node, soft=False)
@@ -249,28 +363,71 @@ class RayServer:
         self.send_batch()
         sent, self._sent = self._sent, []
         lost: dict[int, Lease] = {}
-        for message in [] if self._all_came(sent) else sent:
-            if self._failed(message):
-                lost |= {lease.number: lease for lease in message.leases}
-                if message.slot is not None:
-                    # Some shards may have it, and another gradient will take its place.
-                    self._got([s.retract.remote(message.slot) for s in self._shards])
+        all_came = not sent or self._all_came(sent)
+        for message in sent:
+            if all_came or not self._failed(message):
+                self._opened.update(message.areas)
+                continue
+            lost |= {lease.number: lease for lease in message.leases}
+            if message.slot is not None:
+                # Some shards may have it, and another gradient will take its place.
+                self._got([s.retract.remote(message.slot) for s in self._shards])
         if lost:
             self._node_sums.clear()
         return [lost[number] for number in sorted(lost)]
 
-    def commit(self, version: int, tasks: float, slots: Sequence[int] | None = None) -> dict[str, float]:
-        """See :meth:`metadist.runtime.backend.Backend.commit`."""
+    def commit(
+        self,
+        version: int,
+        tasks: float,
+        slots: Sequence[int] | None = None,
+        read: Collection[int] = (),
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> dict[str, float]:
+        """See :meth:`metadist.runtime.backend.Backend.commit`.
+
+        Args:
+            version, tasks, slots, meanwhile: as there.
+            read: versions whose weights somebody who was asked for something may still read.
+        """
         sure, self._sure = self._sure, []
-        norm = None
+        norm, given = None, self._given(version)
         if len(self._shards) > 1:
-            squares = [s.squares.remote(version, tasks, slots) for s in self._shards]
-            norm = norm_of(itertools.chain(*self._got(squares)))
-        made: list[Any] = [s.commit.options(num_returns=2).remote(version, tasks, norm, slots) for s in self._shards]
-        told: list[Any] = self._got(sure + [stats for _, stats in made])
-        self.weights = [weights for weights, _ in made]
-        result: dict[str, float] = told[-1]
-        return result
+            squares = [s.squares.remote(g, version, tasks, slots) for s, g in zip(self._shards, given, strict=True)]
+            norm, given = norm_of(itertools.chain(*self._got(squares))), [[] for _ in self._shards]
+        near, far = self._asked_near, self._asked_far
+        pages = [next((p for p in pages if p.stamp not in read), None) if near else None for pages in self._pages]
+        made: list[Any] = [
+            s.commit.options(num_returns=1 + far).remote(
+                packed(_Commit(g, version, tasks, norm, slots, page, near, far))
+            )
+            for s, g, page in zip(self._shards, given, pages, strict=True)
+        ]
+        made = [m if far else (m, None) for m in made]
+        self._stored = [stored for _, stored in made]
+        self._shown = [page and page._replace(stamp=version + 1) for page in pages]
+        self._asked_near = self._asked_far = False
+        meanwhile()
+        told = [unpacked(message) for message in self._got(sure + [ref for ref, _ in made])[len(sure) :]]
+        self._shown = [shown for _, shown in told]
+        self._note_pages()
+        stats: dict[str, float] = told[-1][0]
+        return stats
+
+    def _note_pages(self) -> None:
+        for pages, shown in zip(self._pages, self._shown, strict=True):
+            if shown is not None:
+                pages[:] = [page for page in pages if page.area != shown.area] + [shown]
+
+    def _given(self, version: int) -> list[list[_Given]]:
+        """What waits for the update of ``version``, for each shard; it is let go."""
+        waiting, self._waiting = self._waiting, _Waiting(-1, [[] for _ in self.cuts])
+        return waiting.given if waiting.version == version else self._waiting.given
+
+    def _send_waiting(self) -> None:
+        version = self._waiting.version
+        for shard, given in zip(self._shards, self._given(version), strict=True):
+            self._sure += [shard.add.remote(version, *one) for one in given]
 
     def snapshot(self) -> dict[str, Any]:
         """Of all shards at one version."""
@@ -279,7 +436,7 @@ class RayServer:
 
     def nodes(self) -> set[str]:
         """Where the shards are."""
-        return set(self._got(self._nodes))
+        return set(self._homes)
 
     def close(self) -> None:
         """Ends the actors."""
@@ -323,6 +480,15 @@ class RayServer:
 
     def _silent(self, seconds: float) -> ServerLostError:
         return ServerLostError("parameter server", f"has not answered for {seconds:g} s")
+
+
+Part = ObjectRef | Shared
+"""A shard's part of a vector: a reference to it, or where it lies in memory of the node."""
+
+
+def areas_of(parts: Iterable[Part]) -> set[Area]:
+    """The areas that these parts lie in."""
+    return {part.area for part in parts if isinstance(part, Shared)}
 
 
 def server_is_gone(error: RayError) -> ServerLostError:

@@ -28,6 +28,8 @@ class Transport(Protocol):
     options: Mapping[str, Any]
     within_messages: bool
     """Whether what is small goes within messages, so that nothing of it is lost with a process."""
+    shares_memory: bool
+    """Whether processes of one node hand each other what lies in memory they share, and nothing is packed for them."""
 
     def check(self) -> None:
         """Called in the process of each worker, and of each shard of the server, before it has anything to do.
@@ -48,6 +50,7 @@ class ObjectStore:
 
     options: Mapping[str, Any] = {}
     within_messages = True
+    shares_memory = False
 
     def check(self) -> None:
         """It is always there."""
@@ -61,6 +64,12 @@ class ObjectStore:
         return packed
 
 
+class NodeMemory(ObjectStore):
+    """Memory that the processes of a node share; the object store between nodes."""
+
+    shares_memory = True
+
+
 class Nixl:
     """NIXL by Ray's direct transport: read from the memory of the process that computed them, by RDMA where there is.
 
@@ -69,6 +78,7 @@ class Nixl:
 
     options: Mapping[str, Any] = {"enable_tensor_transport": True}
     within_messages = False
+    shares_memory = False
 
     def check(self) -> None:
         """See :meth:`Transport.check`."""
@@ -91,5 +101,5 @@ class Nixl:
 
 def transport_named(name: str) -> Transport:
     """The transport of ``runtime.transport``."""
-    kinds: dict[str, type[Transport]] = {"object_store": ObjectStore, "nixl": Nixl}
+    kinds: dict[str, type[Transport]] = {"auto": NodeMemory, "object_store": ObjectStore, "nixl": Nixl}
     return kinds[name]()

@@ -145,7 +145,13 @@ class SimulatedBackend:
             self.events.run(lambda: not self._on_their_way)
         return []
 
-    def commit(self, version: int, tasks: float, slots: Sequence[int] | None = None) -> dict[str, float]:
+    def commit(
+        self,
+        version: int,
+        tasks: float,
+        slots: Sequence[int] | None = None,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> dict[str, float]:
         size = self.work.model_bytes / len(self.shards)
         update = size / BYTES_A_NUMBER / self.machine.updates_per_s + 2 * size / self.machine.copy_bytes_per_s
         sums = [self._sum_s(shard.held, size) for shard in self.shards]
@@ -370,7 +376,13 @@ class SimulatedAllReduce(SimulatedBackend):
     def settle(self) -> list[Lease]:
         return []
 
-    def commit(self, version: int, tasks: float, slots: Sequence[int] | None = None) -> dict[str, float]:
+    def commit(
+        self,
+        version: int,
+        tasks: float,
+        slots: Sequence[int] | None = None,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> dict[str, float]:
         self._think(self.costs.part_s * self.work.workers)
         self._everybody(lambda rank: self.costs.commit_s, lambda rank: 0.0)
         if self.arrangement.topology == "allreduce":

@@ -46,7 +46,7 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., RayBacken
     made: list[RayBackend] = []
 
     def make(**runtime: Any) -> RayBackend:
-        experiment, outer, start = settings(workers=2, **runtime)
+        experiment, outer, start = settings(workers=2, transport="object_store", **runtime)
         made.append(RayBackend(experiment, OneEach))
         made[-1].start(start, outer)
         return made[-1]

@@ -24,7 +24,6 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,16 +49,6 @@ STRAGGLER = (
 CALIBRATION = (3, 24)
 WARM_UP, EIGHT = 4, 8
 SLOW = ((5.0, 1), (10.0, 4))
-
-
-def step_times(run: EmulatedRun, steps: int) -> list[float]:
-    """Seconds of each of so many steps."""
-    times = []
-    for _ in range(steps):
-        start = time.perf_counter()
-        run.step()
-        times.append(time.perf_counter() - start)
-    return times
 
 
 def predicted_step(workers: int, seconds: float, costs: Costs) -> float:
@@ -109,11 +98,11 @@ def straggler(seconds: float, steps: int, slow_by: float, each: int, rounds: int
                 )
             runs["plain"].controller.pace = PlainPace(600.0)
             for name, run in runs.items():
-                step_times(run, WARM_UP)
+                run.steps(WARM_UP)
                 assert run.version == WARM_UP, name
             for _ in range(rounds):
                 for name, run in runs.items():
-                    times[name] += step_times(run, steps)
+                    times[name] += run.steps(steps)
             assert len({run.weights().tobytes() for run in runs.values()}) == 1, (
                 "the weights with duplicate leases are not those without"
             )

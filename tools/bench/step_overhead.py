@@ -125,12 +125,11 @@ class Ours:
         self._run, self.close = run, run.close
 
     def warmed_up(self) -> np.ndarray:
-        for _ in range(WARM_UP):
-            self._run.step()
+        self._run.steps(WARM_UP)
         return self._run.weights()
 
     def sides(self) -> dict[str, Callable[[int], Any]]:
-        return {"ours": lambda n: [self._run.step() for _ in range(n)]}
+        return {"ours": self._run.steps}
 
 
 class Theirs:

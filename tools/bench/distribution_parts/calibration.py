@@ -77,13 +77,9 @@ def measured_steps(workers: int, seconds: float, steps: int, shards: int = 1) ->
     """Steps whose workers wait for ``seconds``, once they are warm."""
     run = EmulatedRun("conv4", workers, seconds=seconds, shards=shards)
     try:
-        for _ in range(WARM_UP):
-            run.step()
-        before, times = cpu_seconds(), []
-        for _ in range(steps):
-            start = time.perf_counter()
-            run.step()
-            times.append(time.perf_counter() - start)
+        run.steps(WARM_UP)
+        before = cpu_seconds()
+        times = run.steps(steps)
         after = cpu_seconds()
     finally:
         run.close()

@@ -124,13 +124,31 @@ class EmulatedRun:
         self.version = 0
 
     def step(self) -> RoundResult:
-        """One meta-update."""
-        result = self.controller.run(
-            Round("train", self.version, "train", "train", self.version * self.count, self.count, 1)
+        """One meta-update, by itself."""
+        return self._step(True)
+
+    def steps(self, count: int) -> list[float]:
+        """Meta-updates one after another, as a run makes them; the seconds of each."""
+        times, last = [], time.perf_counter()
+        for i in range(count):
+            self._step(i + 1 == count)
+            times.append(time.perf_counter() - last)
+            last += times[-1]
+        return times
+
+    def _step(self, last: bool) -> RoundResult:
+        round, following = self._round(self.version), self._round(self.version + 1)
+        if self.controller.begun != round:
+            self.controller.begin(round)
+        result = self.controller.finish()
+        self.backend.commit(
+            self.version, self.count, meanwhile=lambda: None if last else self.controller.begin(following)
         )
-        self.backend.commit(self.version, self.count)
         self.version += 1
         return result
+
+    def _round(self, version: int) -> Round:
+        return Round("train", version, "train", "train", version * self.count, self.count, 1)
 
     def weights(self) -> np.ndarray:
         """The flat meta-parameters."""

@@ -1,0 +1,135 @@
+"""Arrays in memory that processes share: they are what was written, for as long as somebody reads them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from metadist.runtime.messages import packed, unpacked
+from metadist.runtime.shared import Reader, Shared, SharedMemoryLost, Writer, can_share
+
+pytestmark = pytest.mark.skipif(not can_share(), reason="this system has no memory that is shared without a file")
+ANOTHER = """
+import sys
+import numpy as np
+from metadist.runtime.messages import packed
+from metadist.runtime.shared import Writer
+(shared,) = Writer().write([{"a": np.arange(5, dtype=np.float32)}])
+sys.stdout.buffer.write(packed(shared))
+sys.stdout.flush()
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def another() -> Iterator[tuple[subprocess.Popen[bytes], Shared]]:
+    """Another process, and what it has written."""
+    process = subprocess.Popen([sys.executable, "-c", ANOTHER], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    yield process, unpacked(os.read(process.stdout.fileno(), 1 << 16))
+    process.kill()
+    process.wait()
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.dictionaries(st.integers(0, 9), st.integers(0, 3000), min_size=1, max_size=4), min_size=1, max_size=4),
+    st.sampled_from([np.float32, np.float64, np.uint16]),
+)
+def test_what_was_written_is_read(sizes: list[dict[int, int]], dtype: Any) -> None:
+    rng = np.random.default_rng(0)
+    parts = [{name: rng.integers(0, 1000, size).astype(dtype) for name, size in part.items()} for part in sizes]
+    writer, reader = Writer(), Reader()
+    for part, shared in zip(parts, writer.write(parts), strict=True):
+        found = reader.read(unpacked(packed(shared)))
+        assert found.keys() == part.keys()
+        for name, array in found.items():
+            assert array.dtype == dtype and array.tobytes() == part[name].tobytes()
+    reader.keep(())
+
+
+def test_what_is_read_cannot_be_written_to() -> None:
+    (shared,) = Writer().write([{0: np.zeros(3)}])
+    with pytest.raises(ValueError, match="read-only"):
+        Reader().read(shared)[0][0] = 1.0
+
+
+def test_memory_is_written_to_again_once_it_is_let_go_of() -> None:
+    writer, reader = Writer(), Reader()
+    (first,) = writer.write([{0: np.full(10, 1.0)}])
+    (second,) = writer.write([{0: np.full(10, 2.0)}])
+    assert first.area != second.area
+    seen = reader.read(first)[0]
+    writer.let_go([first.area, first.area])
+    (third,) = writer.write([{0: np.full(100_000, 3.0)}])  # the same memory, grown
+    assert third.area == first.area
+    assert reader.read(third)[0].tolist() == [3.0] * 100_000 and reader.read(second)[0].tolist() == [2.0] * 10
+    assert seen.tolist() == [3.0] * 10
+    (fourth,) = writer.write([{0: np.full(10, 4.0)}])
+    assert fourth.area not in (second.area, third.area), "let go of once, it is free once"
+
+
+def test_it_stays_with_who_opened_it(another: tuple[subprocess.Popen[bytes], Shared]) -> None:
+    process, shared = another
+    reader = Reader()
+    kept = reader.read(shared)["a"]
+    end(process)
+    assert reader.read(shared)["a"].tolist() == kept.tolist() == [0, 1, 2, 3, 4]
+    reader.forget([shared.area.pid])
+    assert kept.tolist() == [0, 1, 2, 3, 4]
+    with pytest.raises(SharedMemoryLost):
+        reader.read(shared)
+
+
+def test_it_is_lost_with_who_wrote_it(another: tuple[subprocess.Popen[bytes], Shared]) -> None:
+    process, shared = another
+    end(process)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(SharedMemoryLost, match=str(shared.area.pid)):
+        Reader().read(shared)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_another_file_in_its_place_is_not_taken_for_it() -> None:
+    (shared,) = Writer().write([{0: np.zeros(3)}])
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(SharedMemoryLost, match="another"):
+        Reader().read(shared._replace(area=shared.area._replace(tag=b"x" * 16)))
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_what_is_promised_is_waited_for() -> None:
+    writer, reader = Writer(), Reader()
+    (page,) = writer.write([{0: np.zeros(1000)}])
+    writer.write_again(page._replace(stamp=3), {0: np.full(1000, 3.0)})
+    assert reader.read(page._replace(stamp=3))[0].tolist() == [3.0] * 1000
+    later = threading.Timer(0.2, lambda: writer.write_again(page._replace(stamp=4), {0: np.full(1000, 4.0)}))
+    later.start()
+    start = time.monotonic()
+    assert reader.read(page._replace(stamp=4))[0].tolist() == [4.0] * 1000
+    assert time.monotonic() - start >= 0.15
+
+
+def test_what_is_promised_by_who_has_ended_is_lost(another: tuple[subprocess.Popen[bytes], Shared]) -> None:
+    process, shared = another
+    reader = Reader()
+    reader.read(shared)
+    threading.Timer(0.1, end, [process]).start()
+    with pytest.raises(SharedMemoryLost, match="promised"):
+        reader.read(shared._replace(stamp=1))
