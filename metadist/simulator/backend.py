@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -45,11 +45,14 @@ class Worker:
 
 
 class Shard:
-    """A part of the server: its process, its node, and the bytes of gradients that wait to be added up."""
+    """A part of the server: its process, its node, and the bytes of gradients that wait to be added up.
+
+    It has ``unread_s`` to do before it has opened those that lie on its node.
+    """
 
     def __init__(self, node: Node) -> None:
         self.node, self.process = node, Process(node.cores, node.memory)
-        self.held = 0.0
+        self.held, self.unread_s = 0.0, 0.0
 
 
 class SimulatedBackend:
@@ -76,6 +79,7 @@ class SimulatedBackend:
         self._answered: dict[int, Worker] = {}
         self._count = 0
         self._on_their_way = 0
+        self._made, self._promised = 0, list[Then]()
         for i in range(work.workers):
             self._join(self.nodes[i // (cluster.workers_per_node or work.workers)])
 
@@ -152,18 +156,25 @@ class SimulatedBackend:
         slots: Sequence[int] | None = None,
         meanwhile: Callable[[], None] = lambda: None,
     ) -> dict[str, float]:
+        self._think(self.costs.step_s)
         size = self.work.model_bytes / len(self.shards)
         update = size / BYTES_A_NUMBER / self.machine.updates_per_s + 2 * size / self.machine.copy_bytes_per_s
         sums = [self._sum_s(shard.held, size) for shard in self.shards]
         if len(self.shards) > 1:
-            self._ask_all([(shard, took) for shard, took in zip(self.shards, sums, strict=True)])
+            self._ask_all(sums)
             sums = [0.0 for _ in sums]
-        self._ask_all([(shard, took + update) for shard, took in zip(self.shards, sums, strict=True)])
-        self._think(self.costs.step_s)
+        self.version += 1
         for shard in self.shards:
             shard.held = 0.0
-        self.version += 1
+        self._ask_all([took + update for took in sums], self._is_made, meanwhile)
         return {}
+
+    def _is_made(self) -> None:
+        """The version that was promised is there."""
+        self._made = self.version
+        waiting, self._promised = self._promised, []
+        for then in waiting:
+            then()
 
     def restore(self, snapshot: dict[str, Any], error: ServerLostError) -> None:
         raise AssertionError("a simulated server is never lost")
@@ -194,16 +205,30 @@ class SimulatedBackend:
         away = node is not self.nodes[0]
         self.events.at(self.events.now + (self.cluster.network.latency_s if away else 0.0), then)
 
-    def _ask_all(self, asked: Iterable[tuple[Shard, float]]) -> None:
-        """Asks shards for something that takes the memory so many seconds, and waits for them all."""
-        waiting = 0
+    def _ask_all(
+        self, seconds: Sequence[float], done: Then = lambda: None, meanwhile: Callable[[], None] = lambda: None
+    ) -> None:
+        """Asks each shard for something that takes its memory so many seconds, and waits for them all.
+
+        Args:
+            seconds: of each shard.
+            done: called when the last has done it, before its answer is heard.
+            meanwhile: called once they are asked.
+        """
+        made: list[bool] = []
         answers: list[bool] = []
-        for shard, memory_s in asked:
-            waiting += 1
-            answer = partial(self._later, shard.node, lambda: answers.append(True))
-            ask = partial(shard.process.submit, self.costs.commit_s, memory_s, answer)
-            self._later(shard.node, ask)
-        self.events.run(lambda: len(answers) == waiting)
+
+        def finished(shard: Shard) -> None:
+            made.append(True)
+            if len(made) == len(seconds):
+                done()
+            self._later(shard.node, lambda: answers.append(True))
+
+        for shard, memory_s in zip(self.shards, seconds, strict=True):
+            cpu_s, shard.unread_s = self.costs.commit_s + shard.unread_s, 0.0
+            self._later(shard.node, partial(shard.process.submit, cpu_s, memory_s, partial(finished, shard)))
+        meanwhile()
+        self.events.run(lambda: len(answers) == len(seconds))
 
     # ----------------------------------------------------------------- workers
 
@@ -241,7 +266,18 @@ class SimulatedBackend:
         if not worker.lives:  # it had died with nothing to do, which is seen when it is asked
             self._news.append(Died(number, "killed"))
             return
-        self._with_weights(worker.node, version, partial(self._awake, number, worker, lease))
+        if all(shard.node is worker.node for shard in self.shards):
+            self._awake(number, worker, lease, version)
+            return
+        # Weights go to other nodes as objects: the lease is not sent before they are there.
+        awake = partial(self._awake, number, worker, lease, version)
+        self._when_made(version, partial(self._with_weights, worker.node, version, awake))
+
+    def _when_made(self, version: int, then: Then) -> None:
+        if version <= self._made:
+            then()
+        else:
+            self._promised.append(then)
 
     def _with_weights(self, node: Node, version: int, then: Then) -> None:
         """Goes on once the weights of ``version`` are on a node, which fetches them once from every shard."""
@@ -266,8 +302,8 @@ class SimulatedBackend:
                 for then in waiting:
                     then()
 
-    def _awake(self, number: int, worker: Worker, lease: Lease) -> None:
-        """It reads the weights, computes, writes what it found, and answers."""
+    def _awake(self, number: int, worker: Worker, lease: Lease, version: int) -> None:
+        """It reads the weights once they are made, computes, writes what it found, and answers."""
         compute = self.work.compute
         seconds = compute.draw(lease.round.version, lease.start, lease.stop, number)
         copy = self.machine.copy_bytes_per_s
@@ -291,7 +327,7 @@ class SimulatedBackend:
                 tasks = sum(len(lease.round.episodes(m)) for m in range(lease.start, lease.stop))
                 self._news.append(Computed(number, Report(lease, {"loss": np.zeros(tasks)}, seconds, 0.0)))
 
-        self._in_turn(node, awake_s, read, computes)
+        node.cores.submit(awake_s, lambda: self._when_made(version, lambda: node.memory.submit(read, computes)))
 
     @staticmethod
     def _in_turn(node: Node, cpu_s: float, memory_s: float, then: Then) -> None:
@@ -321,6 +357,11 @@ class SimulatedBackend:
         """Sends every shard its part of so many partial sums that are on ``node``."""
         size = sums * self._gradient_bytes / len(self.shards)
         for shard in self.shards:
+            if shard.node is node and not self.arrangement.node_sums:
+                # It lies where the shard reads it; where, is told with the update.
+                shard.held += size
+                shard.unread_s += self.costs.add_s
+                continue
             self._on_their_way += 1
             take = partial(self._taken, shard, size)
             if shard.node is node:
@@ -392,6 +433,7 @@ class SimulatedAllReduce(SimulatedBackend):
         self._think(self.costs.step_s)
         self._sums = [0] * self.work.workers
         self.version += 1
+        self._is_made()
         return {}
 
     def _with_weights(self, node: Node, version: int, then: Then) -> None:

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from metadist.rounds import Round
 from metadist.runtime.asynchronous import AsynchronousController
@@ -70,9 +71,13 @@ def simulate(
     ends = [0.0]
     results = []
     for version in range(warm_up + steps):
-        controller.begin(_round(version, work.count))
+        round, following = _round(version, work.count), _round(version + 1, work.count)
+        if controller.begun != round:
+            controller.begin(round)
         result = controller.finish()
-        backend.commit(version, result.tasks, result.slots)
+        alone = bool(arrangement.max_staleness) or version + 1 == warm_up + steps
+        begin = _nothing if alone else partial(controller.begin, following)
+        backend.commit(version, result.tasks, result.slots, begin)
         controller.committed()
         ends.append(backend.clock())
         results.append(result)
@@ -86,6 +91,10 @@ def simulate(
         statistics.fmean(s for r in results for s in r.staleness or [0]), sum(len(r.dropped) for r in results),
         backend.deaths,
     )  # fmt: skip
+
+
+def _nothing() -> None:
+    """What is done meanwhile if nothing can be."""
 
 
 def _round(version: int, count: int) -> Round:

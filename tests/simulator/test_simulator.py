@@ -92,6 +92,13 @@ def test_the_driver_does_one_thing_after_another() -> None:
     assert step(Work(8, 1e6, Compute(0.2)), costs) == pytest.approx(0.01 + 0.2 + 8 * 0.02 + 0.005)
 
 
+def test_workers_wake_up_while_the_update_is_made() -> None:
+    costs = Cluster(Machine(cores=2), costs=Costs(worker_s=0.2, commit_s=0.1, add_s=0.03))
+    found = simulate(Work(1, 1e6, Compute(1.0)), SERVER, costs, 4, 1)
+    # Half of its 0.2 goes by before the weights are there; where the gradient lies the server hears with the update.
+    assert found.steps_s == pytest.approx([1.0 + 0.1 + 0.1 + 0.03] * 4)
+
+
 def test_processes_that_are_awake_share_the_cores() -> None:
     two = Cluster(Machine(cores=2), costs=Costs(worker_s=0.1))
     assert step(Work(2, 1e6, Compute(1.0)), two) == pytest.approx(1.1)

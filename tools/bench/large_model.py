@@ -1,13 +1,15 @@
 """Memory of a run on a large model: three steps of MAML over Ray with two workers and a server of four shards.
 
 By default a network of 250 million parameters, 1 GB. What every kind of process holds is sampled while it runs: its own
-memory, and the object store's, in which gradients and weights travel. It is printed in gigabytes and in copies of the
-parameters, beside the copies that the design accounts for; 0.2 GB of every process are Python and torch.
+memory, and what they share, which are areas where gradients and weights lie, and the object store. It is printed in
+gigabytes and in copies of the parameters, beside the copies that the design accounts for; 0.2 GB of every process are
+Python and torch.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import math
@@ -27,11 +29,14 @@ sys.path.insert(0, str(ROOT))
 from tools.bench._tables import keep_rows, show_table  # noqa: E402
 
 KINDS = {"ray::_Worker": "worker", "ray::_Shard": "server shards"}
+SHARED = {"areas": "memfd:metadist", "object store": "/plasma"}
+"""Files in memory that processes share, by what their names have in them."""
 ACCOUNTS: dict[str, tuple[float, str]] = {
     "driver": (4, "a snapshot (weights, two moments) on its way to disk; at the start a module and its copy"),
     "server shards": (5, "parameters, Adam's two moments, the sum of gradients; moments joined once"),
     "worker": (6.5, "parameters; two sums of earlier microbatches; adapted ones, a gradient, a Hessian product"),
-    "object store": (5, "weights of two versions; a gradient of each worker; or a snapshot"),
+    "areas": (3, "weights; a gradient of each worker"),
+    "object store": (3, "a snapshot"),
 }  # fmt: skip
 
 
@@ -60,21 +65,24 @@ class Memory:
     def _sample(self) -> None:
         while not self._stop.wait(0.05):
             now: dict[str, list[int]] = {}
-            shared = 0
-            for kind, own, store in _tree(self._root):
+            files: dict[str, dict[int, int]] = {kind: {} for kind in SHARED}
+            for kind, own, pid in _tree(self._root):
                 now.setdefault(kind, []).append(own)
-                shared = max(shared, store)
-            total = sum(map(sum, now.values())) + shared
+                for what, number, size in _open_memory(pid):
+                    files[what][number] = size
+            shared = {what: sum(sizes.values()) for what, sizes in files.items()}
+            total = sum(map(sum, now.values())) + sum(shared.values())
             self.most = max(self.most, total)
             for kind, sizes in now.items():
                 size = max(sizes) if kind == "worker" else sum(sizes)
                 self.peaks[kind] = max(self.peaks.get(kind, 0), size)
                 self.processes[kind] = max(self.processes.get(kind, 0), len(sizes))
-            self.peaks["object store"] = max(self.peaks.get("object store", 0), shared)
+            for kind, size in shared.items():
+                self.peaks[kind] = max(self.peaks.get(kind, 0), size)
 
 
 def _tree(root: int) -> Iterator[tuple[str, int, int]]:
-    """Kind, bytes of its own, and bytes of shared memory, of a process and all below it."""
+    """Kind, bytes of its own memory, and number, of a process and all below it."""
     parents, words = {}, {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
@@ -97,8 +105,19 @@ def _tree(root: int) -> Iterator[tuple[str, int, int]]:
             line.split(":")[0]: int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("Rss")
         }
         kind = next((k for start, k in KINDS.items() if words[pid].startswith(start)), "")
-        kind = kind or ("driver" if pid == root else "object store" if "raylet" in words[pid] else "other")
-        yield kind, sizes.get("RssAnon", 0), sizes.get("RssShmem", 0)
+        kind = kind or ("driver" if pid == root else "other")
+        yield kind, sizes.get("RssAnon", 0), pid
+
+
+def _open_memory(pid: int) -> Iterator[tuple[str, int, int]]:
+    """Of each file in memory that a process has open what it is, its number, and how many bytes of it there are."""
+    with contextlib.suppress(OSError):
+        for entry in (Path("/proc") / str(pid) / "fd").iterdir():
+            with contextlib.suppress(OSError):
+                name, found = os.readlink(entry), entry.stat()
+                for what, mark in SHARED.items():
+                    if mark in name:
+                        yield what, found.st_ino, 512 * found.st_blocks
 
 
 def run(
