@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -67,14 +68,14 @@ def end(run: RayBackend, handle: Handle) -> None:
         run.wait(1.0)
 
 
-def update(run: RayBackend, version: int, first: int, meanwhile: Callable[[], None] = lambda: None) -> None:
+def update(run: RayBackend, version: int, first: int) -> None:
     for lease in answers(run, version, range(MICROBATCHES), first):
         run.accept(lease, version, MICROBATCHES)
     assert run.settle() == []
-    run.commit(version, MICROBATCHES, meanwhile=meanwhile)
+    run.commit(version, MICROBATCHES)
 
 
-@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("shards", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_nothing_is_sent_but_where_it_lies(backend: Callable[..., RayBackend], shards: int) -> None:
     run = backend(server_shards=shards)
     for version in range(3):
@@ -92,14 +93,15 @@ def test_nothing_is_sent_but_where_it_lies(backend: Callable[..., RayBackend], s
     assert run.snapshot()["weights"].tobytes() == plainly(3)
 
 
+@pytest.mark.slow
 def test_memory_is_used_again(backend: Callable[..., RayBackend]) -> None:
     run = backend()
     areas = set()
     for version in range(4):
         for lease in answers(run, version, range(MICROBATCHES), MICROBATCHES * version):
-            areas |= {part.area for part in parts_of(run, lease)}
             # An answer that is dropped gives back what it lies in at once.
             (again,) = answers(run, version, [0], 1000 + lease.number)
+            areas |= {part.area for given in (lease, again) for part in parts_of(run, given)}
             run.drop(again)
             run.accept(lease, version, MICROBATCHES)
         assert run.settle() == []
@@ -126,6 +128,7 @@ def test_what_a_dead_worker_left_is_computed_again_if_nobody_has_opened_it(backe
     assert run.snapshot()["weights"].tobytes() == plainly(1)
 
 
+@pytest.mark.slow
 def test_what_a_dead_worker_left_stays_if_the_server_has_it_open(backend: Callable[..., RayBackend]) -> None:
     run = backend()
     update(run, 0, 0)
@@ -163,7 +166,19 @@ def test_leases_given_out_while_an_update_is_made_begin_with_it(backend: Callabl
     run = backend(TellsWeights)
     update(run, 0, 0)
     given = Lease(50, Round("train", 2, "train", "train", 2 * MICROBATCHES, MICROBATCHES, 1), 0, 1)
-    update(run, 1, 100, lambda: run.lease(run.idle()[0], given))
+
+    def meanwhile() -> None:
+        run.lease(run.idle()[0], given)
+        threading.Timer(0.7, os.kill, [server, signal.SIGCONT]).start()
+
+    for lease in answers(run, 1, range(MICROBATCHES), 100):
+        run.accept(lease, 1, MICROBATCHES)
+    assert run.settle() == []
+    (part,) = run.server.weights([True])
+    assert isinstance(part, Shared)
+    server = part.area.pid
+    os.kill(server, signal.SIGSTOP)  # whoever would not wait for it would read what was there before
+    run.commit(1, MICROBATCHES, meanwhile=meanwhile)
     found: list[Any] = []
     while not found:
         found = [event for event in run.wait(1.0) if getattr(event, "report", None)]
