@@ -261,8 +261,11 @@ class RayServer:
 
     def offers(self, node: str) -> list[Shared | None]:
         """Of each shard what a process of ``node`` may try to open, if it is on that node."""
-        pairs = zip(self._homes, self._shown, strict=True)
-        return [shown if home == node else None for home, shown in pairs] if self._homes else self._shown
+        # Without the stamp: by the time it tries, another version may lie there.
+        return [
+            shown._replace(stamp=None) if shown is not None and home == node else None
+            for home, shown in zip(self._homes or [""] * len(self._shards), self._shown, strict=True)
+        ]
 
     def weights(self, near: Sequence[bool]) -> list[Part]:
         """The present version's weights, of each shard where they lie or a reference to them.

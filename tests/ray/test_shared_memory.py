@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -160,6 +161,27 @@ def test_weights_stay_where_they_are_while_somebody_is_to_read_them(backend: Cal
         found = [event for event in run.wait(1.0) if getattr(event, "report", None)]
     assert found[0].report.lease == late and found[0].report.metrics["weight"] == [expected]
     assert run.snapshot()["weights"].tobytes() == plainly(4) and quick in run._handles.values()
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_late_to_say_that_it_shares_memory_shares_it_then(backend: Callable[..., RayBackend]) -> None:
+    run = backend()
+    late = run._handles[run.idle()[0]]
+    os.kill(late.pid, signal.SIGSTOP)
+    lease = Lease(50, Round("train", 0, "train", "train", 0, MICROBATCHES, 1), 0, 1)
+    run.lease(run.idle()[0], lease)
+    assert late.near == [False] and late.reaching is not None
+    for version in range(2):
+        update(run, version, 100 * (version + 1))
+    os.kill(late.pid, signal.SIGCONT)
+    patience = time.monotonic() + 20
+    while late.answers and time.monotonic() < patience:
+        run.wait(1.0)
+    assert not isinstance(parts_of(run, lease)[0], Shared)
+    run.drop(lease)
+    assert run._near(late) == [True]
+    update(run, 2, 300)
+    assert run.snapshot()["weights"].tobytes() == plainly(3)
 
 
 def test_leases_given_out_while_an_update_is_made_begin_with_it(backend: Callable[..., RayBackend]) -> None:
