@@ -336,7 +336,9 @@ class RayBackend:
         # Workers hear of it with their next lease, which begins when it has the weights that are made of these.
         self._free(self._accepted_parts)
         self._accepted_parts.clear()
-        result = self.server.commit(version, tasks, slots, read, (lambda: None) if moves else meanwhile)
+        # Who is given something meanwhile wakes up and waits: more than there are processors are in the server's way.
+        crowded = len(self._handles) > (os.cpu_count() or 1) * len({h.node for h in self._handles.values()})
+        result = self.server.commit(version, tasks, slots, read, (lambda: None) if moves or crowded else meanwhile)
         if moves:
             self._move_server()
         return result

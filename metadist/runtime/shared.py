@@ -156,7 +156,8 @@ class Reader:
                     os.stat(_path(area))
                 except OSError as e:
                     raise SharedMemoryLost(f"process {area.pid} ended before it wrote what was promised: {e}") from e
-            time.sleep(max(_LEAST_WAIT_S, min(_MOST_WAIT_S, waited / 20)))
+            # Many may wait on few processors, and who is waited for needs one of them.
+            time.sleep(max(_LEAST_WAIT_S, min(_MOST_WAIT_S, waited / 4)))
 
     def _close(self, areas: Iterable[Area]) -> None:
         for area in areas:

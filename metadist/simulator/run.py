@@ -75,7 +75,8 @@ def simulate(
         if controller.begun != round:
             controller.begin(round)
         result = controller.finish()
-        alone = bool(arrangement.max_staleness) or version + 1 == warm_up + steps
+        crowded = work.workers > cluster.machine.cores * cluster.nodes(work.workers)
+        alone = bool(arrangement.max_staleness) or crowded or version + 1 == warm_up + steps
         begin = _nothing if alone else partial(controller.begin, following)
         backend.commit(version, result.tasks, result.slots, begin)
         controller.committed()

@@ -210,6 +210,7 @@ def test_leases_given_out_while_an_update_is_made_begin_with_it(backend: Callabl
     assert run.snapshot()["weights"].tobytes() == plainly(3)
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_before_it_keeps_its_promise_is_lost(backend: Callable[..., RayBackend]) -> None:
     run = backend()
     update(run, 0, 0)
