@@ -25,6 +25,7 @@ class LosesOnce:
 
     options: Mapping[str, Any] = {}
     within_messages = False
+    shares_memory = False
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
