@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -32,7 +33,7 @@ from metadist.resolve import resolve
 from metadist.rounds import Round
 from metadist.rundir import RunDirectory
 from metadist.runtime.asynchronous import AsynchronousController
-from metadist.runtime.backend import Backend
+from metadist.runtime.backend import Backend, nothing
 from metadist.runtime.controller import Controller, RoundResult, means
 from metadist.runtime.local import LocalBackend
 from metadist.sending import send_checkpoints
@@ -415,7 +416,7 @@ class _Training:
         evaluates = self._evaluates(version) and not stopping
         keeps = stopping or last or version % self.config.checkpoint.every == 0
         snapshot = self.backend.snapshot() if keeps else None
-        if not (last or stopping or evaluates) and self.controller.begun != following:
+        if self._goes_on(version) and self.controller.begun != following:
             self.controller.begin(following)
         self._record(version, result, stats, server_s)
         best = evaluates and self._validate(version)
@@ -426,19 +427,19 @@ class _Training:
     def _commit(self, version: int, result: RoundResult, following: Round) -> dict[str, float]:
         """Makes the update; gives out the round that follows meanwhile, if nothing comes between them."""
         assert self.backend is not None
-        alone = isinstance(self.controller, AsynchronousController) or version + 1 == self.config.outer.steps
-        alone = alone or self._evaluates(version + 1) or self.stop.signum is not None
-
-        def meanwhile() -> None:
-            if not alone:
-                self.controller.begin(following)
-
+        follows = self._goes_on(version + 1) and not isinstance(self.controller, AsynchronousController)
+        meanwhile = functools.partial(self.controller.begin, following) if follows else nothing
         try:
             return self.backend.commit(version, result.tasks, result.slots, meanwhile)
         except FloatingPointError as e:
             raise NonFiniteError(
                 f"step {version + 1}", f"{e}; no update was made of it", "lower outer.lr or algorithm.inner_lr"
             ) from e
+
+    def _goes_on(self, version: int) -> bool:
+        """Whether the round of ``version`` begins with it: nothing else is to be computed first, and nothing ends."""
+        ends = version == self.config.outer.steps or self.stop.signum is not None
+        return not (ends or self._evaluates(version))
 
     def _evaluates(self, version: int) -> bool:
         every = self.config.evaluation.every

@@ -20,6 +20,22 @@ Through the object store it costs every process on its way another exchange with
 """
 
 
+Meanwhile = Callable[[], None]
+"""What is done while an update is made."""
+
+
+def nothing() -> None:
+    """The :data:`Meanwhile` where nothing can be done."""
+
+
+def crowded(workers: int, processors: float) -> bool:
+    """Whether workers that were given something while an update is made would be in the way of who makes it.
+
+    They wake up and look, again and again, whether the weights are there.
+    """
+    return workers > processors
+
+
 @dataclass(frozen=True)
 class Computed:
     """A lease is answered. What it gave of gradients waits to be accepted or dropped."""
@@ -125,7 +141,7 @@ class Backend(Protocol):
         version: int,
         tasks: float,
         slots: Sequence[int] | None = None,
-        meanwhile: Callable[[], None] = lambda: None,
+        meanwhile: Meanwhile = nothing,
     ) -> dict[str, float]:
         """Makes the next version of the gradients that were accepted and have settled; returns the update's statistics.
 

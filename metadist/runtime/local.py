@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from metadist.errors import ServerLostError
 from metadist.experiment import Experiment
 from metadist.outer.gradient import Block, placed
 from metadist.rounds import Lease
-from metadist.runtime.backend import Computed, Died, Event
+from metadist.runtime.backend import Computed, Died, Event, Meanwhile, nothing
 from metadist.server import ParameterServer
 from metadist.worker import MetaWorker
 
@@ -72,7 +72,7 @@ class LocalBackend:
         version: int,
         tasks: float,
         slots: Sequence[int] | None = None,
-        meanwhile: Callable[[], None] = lambda: None,
+        meanwhile: Meanwhile = nothing,
     ) -> dict[str, float]:
         self._weights, stats = self._server.commit(version, tasks, slots=slots)
         return stats

@@ -25,7 +25,7 @@ from metadist.config.schema import WorkersRange
 from metadist.errors import ClusterError, MetadistError, ServerLostError, first_line
 from metadist.experiment import Experiment
 from metadist.rounds import Lease
-from metadist.runtime.backend import Computed, Died, Event, Joined, Left, Moved
+from metadist.runtime.backend import Computed, Died, Event, Joined, Left, Meanwhile, Moved, crowded, nothing
 from metadist.runtime.cluster import connect, draining_nodes, plan_workers, room_for_workers, within_messages
 from metadist.runtime.messages import packed, unpacked
 from metadist.runtime.ray_server import Part, RayServer, areas_of, cause_of, kill, server_is_gone
@@ -328,7 +328,7 @@ class RayBackend:
         version: int,
         tasks: float,
         slots: Sequence[int] | None = None,
-        meanwhile: Callable[[], None] = lambda: None,
+        meanwhile: Meanwhile = nothing,
     ) -> dict[str, float]:
         read = {lease.round.version for h in self._handles.values() for lease, *_ in h.answers.values()}
         # In updates that do not wait, gradients are on their way at any time.
@@ -336,9 +336,9 @@ class RayBackend:
         # Workers hear of it with their next lease, which begins when it has the weights that are made of these.
         self._free(self._accepted_parts)
         self._accepted_parts.clear()
-        # Who is given something meanwhile wakes up and waits: more than there are processors are in the server's way.
-        crowded = len(self._handles) > (os.cpu_count() or 1) * len({h.node for h in self._handles.values()})
-        result = self.server.commit(version, tasks, slots, read, (lambda: None) if moves or crowded else meanwhile)
+        processors = (os.cpu_count() or 1) * len({h.node for h in self._handles.values()})
+        alone = moves or crowded(len(self._handles), processors)
+        result = self.server.commit(version, tasks, slots, read, nothing if alone else meanwhile)
         if moves:
             self._move_server()
         return result

@@ -6,7 +6,7 @@ For fixed membership: when a worker dies, all are started anew, at the last chec
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -18,7 +18,7 @@ from metadist.errors import ServerLostError, first_line
 from metadist.experiment import Experiment
 from metadist.outer.partition import joined_snapshot
 from metadist.rounds import Lease
-from metadist.runtime.backend import Died, Event
+from metadist.runtime.backend import Died, Event, Meanwhile, nothing
 from metadist.runtime.messages import packed
 from metadist.runtime.ray import Handle, RayBackend, WorkerProcess
 from metadist.runtime.ray_server import cause_of, kill
@@ -109,7 +109,7 @@ class AllReduceBackend(RayBackend):
         version: int,
         tasks: float,
         slots: Sequence[int] | None = None,
-        meanwhile: Callable[[], None] = lambda: None,
+        meanwhile: Meanwhile = nothing,
     ) -> dict[str, float]:
         update = Update(version, self._count, tasks, slots, self._accepted)
         self._accepted = [[] for _ in self._ranks]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from metadist.outer.partition import cut, joined_snapshot, part_of_options, part
 from metadist.outer.update import norm_of
 from metadist.outer.wire import widened
 from metadist.rounds import Lease, sums_of
+from metadist.runtime.backend import Meanwhile, nothing
 from metadist.runtime.messages import packed, unpacked
 from metadist.runtime.shared import Area, Reader, Shared, Writer, can_share
 from metadist.runtime.transport import Transport
@@ -117,9 +118,10 @@ class _Shard:
         """Puts the present version's weights where processes of this node find them: in a page, or a new one."""
         if not (self._transport.shares_memory and can_share()):
             return None
+        version = self._server.version
         if page is None:
-            (page,) = self._writer.write([{None: weights}])
-        page = page._replace(stamp=self._server.version)
+            return self._writer.write([{None: weights}], version)[0]
+        page = page._replace(stamp=version)
         self._writer.write_again(page, {None: weights})
         return page
 
@@ -385,7 +387,7 @@ class RayServer:
         tasks: float,
         slots: Sequence[int] | None = None,
         read: Collection[int] = (),
-        meanwhile: Callable[[], None] = lambda: None,
+        meanwhile: Meanwhile = nothing,
     ) -> dict[str, float]:
         """See :meth:`metadist.runtime.backend.Backend.commit`.
 

@@ -64,8 +64,13 @@ class Writer:
         self._areas: dict[Area, tuple[int, mmap.mmap]] = {}
         self._free: list[Area] = []
 
-    def write(self, parts: Sequence[Mapping[Any, np.ndarray]]) -> list[Shared]:
-        """Copies named arrays, of one dtype, into an area that is free; where they lie, part by part."""
+    def write(self, parts: Sequence[Mapping[Any, np.ndarray]], stamp: int | None = None) -> list[Shared]:
+        """Copies named arrays, of one dtype, into an area that is free; where they lie, part by part.
+
+        Args:
+            parts: the arrays.
+            stamp: what the area is to bear then.
+        """
         arrays = [array for part in parts for array in part.values()]
         dtype = np.dtype(arrays[0].dtype)
         area, memory = self._room(_HEAD + sum(_padded(array.nbytes) for array in arrays))
@@ -76,7 +81,8 @@ class Writer:
                 np.frombuffer(memory, dtype, array.size, at)[:] = array.reshape(-1)
                 places[name] = at, array.size
                 at += _padded(array.nbytes)
-            written.append(Shared(area, dtype.str, places))
+            written.append(Shared(area, dtype.str, places, stamp))
+        _put_stamp(area, stamp)
         return written
 
     def write_again(self, shared: Shared, part: Mapping[Any, np.ndarray]) -> None:
@@ -85,9 +91,7 @@ class Writer:
         for name, array in part.items():
             at, count = shared.places[name]
             np.frombuffer(memory, array.dtype, count, at)[:] = array.reshape(-1)
-        if shared.stamp is not None:
-            # By the system's calls on both sides: no processor lets a stamp be seen before what it stands for.
-            os.pwrite(shared.area.descriptor, _STAMP.pack(shared.stamp), _ALIGNED)
+        _put_stamp(shared.area, shared.stamp)
 
     def let_go(self, areas: Iterable[Area]) -> None:
         """Nobody will read what is in these areas any more."""
@@ -183,6 +187,12 @@ class Reader:
             raise SharedMemoryLost(f"the memory of process {area.pid} cannot be opened: {e}") from e
         self._open[area] = descriptor, memory
         return memory
+
+
+def _put_stamp(area: Area, stamp: int | None) -> None:
+    if stamp is not None:
+        # By the system's calls on both sides: no processor lets a stamp be seen before what it stands for.
+        os.pwrite(area.descriptor, _STAMP.pack(stamp), _ALIGNED)
 
 
 def _path(area: Area) -> str:

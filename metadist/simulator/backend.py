@@ -11,7 +11,7 @@ import numpy as np
 
 from metadist.errors import ServerLostError
 from metadist.rounds import Lease, Report, sums_of
-from metadist.runtime.backend import WITHIN_MESSAGES, Computed, Died, Event, Joined
+from metadist.runtime.backend import WITHIN_MESSAGES, Computed, Died, Event, Joined, Meanwhile, nothing
 from metadist.simulator.cluster import BYTES_A_NUMBER, Arrangement, Cluster, Work
 from metadist.simulator.events import Events, Link, Process, Shared, Then
 
@@ -154,7 +154,7 @@ class SimulatedBackend:
         version: int,
         tasks: float,
         slots: Sequence[int] | None = None,
-        meanwhile: Callable[[], None] = lambda: None,
+        meanwhile: Meanwhile = nothing,
     ) -> dict[str, float]:
         self._think(self.costs.step_s)
         size = self.work.model_bytes / len(self.shards)
@@ -205,9 +205,7 @@ class SimulatedBackend:
         away = node is not self.nodes[0]
         self.events.at(self.events.now + (self.cluster.network.latency_s if away else 0.0), then)
 
-    def _ask_all(
-        self, seconds: Sequence[float], done: Then = lambda: None, meanwhile: Callable[[], None] = lambda: None
-    ) -> None:
+    def _ask_all(self, seconds: Sequence[float], done: Then = nothing, meanwhile: Meanwhile = nothing) -> None:
         """Asks each shard for something that takes its memory so many seconds, and waits for them all.
 
         Args:
@@ -422,7 +420,7 @@ class SimulatedAllReduce(SimulatedBackend):
         version: int,
         tasks: float,
         slots: Sequence[int] | None = None,
-        meanwhile: Callable[[], None] = lambda: None,
+        meanwhile: Meanwhile = nothing,
     ) -> dict[str, float]:
         self._think(self.costs.part_s * self.work.workers)
         self._everybody(lambda rank: self.costs.commit_s, lambda rank: 0.0)

@@ -10,6 +10,7 @@ from functools import partial
 
 from metadist.rounds import Round
 from metadist.runtime.asynchronous import AsynchronousController
+from metadist.runtime.backend import crowded, nothing
 from metadist.runtime.controller import Controller
 from metadist.runtime.leases import equal_shares
 from metadist.runtime.pace import Pace
@@ -75,9 +76,9 @@ def simulate(
         if controller.begun != round:
             controller.begin(round)
         result = controller.finish()
-        crowded = work.workers > cluster.machine.cores * cluster.nodes(work.workers)
-        alone = bool(arrangement.max_staleness) or crowded or version + 1 == warm_up + steps
-        begin = _nothing if alone else partial(controller.begin, following)
+        alone = bool(arrangement.max_staleness) or version + 1 == warm_up + steps
+        alone = alone or crowded(work.workers, cluster.machine.cores * cluster.nodes(work.workers))
+        begin = nothing if alone else partial(controller.begin, following)
         backend.commit(version, result.tasks, result.slots, begin)
         controller.committed()
         ends.append(backend.clock())
@@ -92,10 +93,6 @@ def simulate(
         statistics.fmean(s for r in results for s in r.staleness or [0]), sum(len(r.dropped) for r in results),
         backend.deaths,
     )  # fmt: skip
-
-
-def _nothing() -> None:
-    """What is done meanwhile if nothing can be."""
 
 
 def _round(version: int, count: int) -> Round:

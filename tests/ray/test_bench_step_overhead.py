@@ -49,6 +49,8 @@ class Still:
         self.moved, self.closed = moved, False
 
     def step(self) -> None: ...
+    def steps(self, count: int) -> list[float]:
+        return [0.0] * count
 
     def empty_step(self) -> None: ...
 

@@ -17,7 +17,8 @@ from metadist.config import validate
 from metadist.experiment import Experiment
 from metadist.models import Conv4
 from metadist.outer.gradient import Block, partial_sums
-from metadist.runtime.controller import Controller, RoundResult
+from metadist.runtime.backend import nothing
+from metadist.runtime.controller import Controller
 from metadist.runtime.ray import RayBackend
 from metadist.worker import Lease, Report, Round
 
@@ -123,10 +124,6 @@ class EmulatedRun:
             self.backend.wait(1.0)
         self.version = 0
 
-    def step(self) -> RoundResult:
-        """One meta-update, by itself."""
-        return self._step(True)
-
     def steps(self, count: int) -> list[float]:
         """Meta-updates one after another, as a run makes them; the seconds of each."""
         times, last = [], time.perf_counter()
@@ -136,16 +133,14 @@ class EmulatedRun:
             last += times[-1]
         return times
 
-    def _step(self, last: bool) -> RoundResult:
+    def _step(self, last: bool) -> None:
         round, following = self._round(self.version), self._round(self.version + 1)
         if self.controller.begun != round:
             self.controller.begin(round)
-        result = self.controller.finish()
-        self.backend.commit(
-            self.version, self.count, meanwhile=lambda: None if last else self.controller.begin(following)
-        )
+        self.controller.finish()
+        begin = nothing if last else functools.partial(self.controller.begin, following)
+        self.backend.commit(self.version, self.count, meanwhile=begin)
         self.version += 1
-        return result
 
     def _round(self, version: int) -> Round:
         return Round("train", version, "train", "train", version * self.count, self.count, 1)
