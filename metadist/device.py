@@ -1,10 +1,45 @@
-"""What can be read of the device that tasks are computed on."""
+"""The device that tasks are computed on: which one, how it computes, and what can be read of it."""
 
 from __future__ import annotations
 
 import functools
+import os
+import time
+from typing import Literal
 
 import torch
+
+
+def device_here(gpus: float | Literal["auto"]) -> str:
+    """Where a process of this machine computes: ``cuda`` or ``cpu``.
+
+    Args:
+        gpus: as of the config's ``runtime.gpus_per_worker``; ``auto`` takes a GPU if there is one.
+    """
+    wanted = torch.cuda.is_available() if gpus == "auto" else gpus > 0
+    return "cuda" if wanted else "cpu"
+
+
+def make_repeatable(device: torch.device, tf32: bool = False) -> None:
+    """Makes this process compute on a GPU the same way each time it is given the same; nothing for a CPU.
+
+    Algorithms are chosen by rule, not by timing them, and those are taken whose sums have one order. What has no such
+    form warns when it is used. Products keep all bits of single precision unless ``tf32`` lets them be rounded to ten.
+    """
+    if device.type != "cuda":
+        return
+    # Read when the library is first used; its own choice may differ from stream to stream.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+
+
+def wait_for(device: torch.device) -> None:
+    """Returns when a GPU has done what it was told; at once for a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def gpu_state(device: torch.device) -> dict[str, float]:
@@ -19,8 +54,14 @@ def gpu_state(device: torch.device) -> dict[str, float]:
         return {}
     found = {"memory_mb": torch.cuda.max_memory_allocated(device) / 1e6}
     if _can_be_sampled(device.index):
-        found["utilisation"] = torch.cuda.utilization(device) / 100
+        found["utilisation"] = _utilisation(device.index, int(time.monotonic()))
     return found
+
+
+@functools.lru_cache(maxsize=64)
+def _utilisation(index: int | None, second: int) -> float:
+    """Asked of the driver once a second: its answer takes milliseconds, as long as a step of a small network."""
+    return torch.cuda.utilization(index) / 100
 
 
 @functools.cache

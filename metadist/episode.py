@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -96,5 +96,18 @@ class EpisodeBatch:
         def move(t: Tensor) -> Tensor:
             return t.to(device, dtype if dtype is not None and t.is_floating_point() else None, non_blocking=True)
 
-        sets = [Examples(move(s.x), move(s.y)) for s in (self.support, self.query)]
+        return self._with(move)
+
+    def pinned(self) -> EpisodeBatch:
+        """The same batch in memory of the CPU from which a GPU can take it while other work goes on."""
+        return self._with(Tensor.pin_memory)
+
+    def used_by(self, stream: torch.cuda.Stream) -> EpisodeBatch:
+        """Itself; its memory on the GPU is not given away before what ``stream`` has been told by then is done."""
+        for t in (*self.support, *self.query):
+            t.record_stream(stream)
+        return self
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> EpisodeBatch:
+        sets = [Examples(change(s.x), change(s.y)) for s in (self.support, self.query)]
         return EpisodeBatch(sets[0], sets[1], self.info)

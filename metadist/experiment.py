@@ -38,7 +38,7 @@ from metadist.rounds import EpisodeSize
 from metadist.seeding import Rng
 from metadist.tasks.base import TaskSource
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
+DTYPES = {name: torch.float32 for name in ("float32", "tf32", "bfloat16")} | {"float64": torch.float64}
 """Of parameters and data, by ``engine.precision``."""
 
 PRODUCTS = {"bfloat16": torch.bfloat16}
@@ -171,7 +171,11 @@ class Experiment:
         if wanted != "auto":
             return wanted
         # Neither traced nor compiled, what goes around the products costs more than they save.
-        if not engine.compile or not kernels_available(torch.device(device), dtype):
+        if not engine.compile:
+            return "direct"
+        if torch.device(device).type == "cuda":  # where grouped convolutions are computed one group after another
+            return "columns"
+        if not kernels_available(torch.device(device), dtype):
             return "direct"
         # Winograd's transforms need the bits that bfloat16 has not.
         return "columns" if self.config.engine.precision in PRODUCTS else "winograd"

@@ -22,6 +22,7 @@ from torch import nn
 from metadist.algorithms import Algorithm, Plan
 from metadist.config import in_words
 from metadist.config.schema import LONG_RUN
+from metadist.device import device_here
 from metadist.episode import EpisodeBatch, Examples
 from metadist.errors import ConfigError, DataError, first_line
 from metadist.experiment import Experiment
@@ -82,11 +83,14 @@ def resolve(experiment: Experiment) -> Resolved:
 def _form(experiment: Experiment) -> Compile:
     """What ``engine.compile`` comes to where it is left open: inductor where it is known to pay.
 
-    Convolutions gain a tenth by it at most, networks of small operators two to three times as much speed
-    (``tools/bench/choice.py``), once a run is long enough to repay a minute of compilation.
+    On a CPU, convolutions gain a tenth by it at most, networks of small operators two to three times as much speed
+    (``tools/bench/choice.py``), once a run is long enough to repay a minute of compilation. On a GPU all gain, by a
+    half and more, since little of the time goes into products (``tools/bench/adaptation.py --device cuda``).
     """
     if experiment.config.outer.steps < LONG_RUN or compiler_missing():
         return "trace"
+    if device_here(experiment.config.runtime.gpus_per_worker) == "cuda":
+        return True
     modules = experiment.learner().model.module.modules()
     convolutional = any(isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d) for m in modules)
     return "trace" if convolutional else True
@@ -97,8 +101,9 @@ def _not_compilable(experiment: Experiment, strategy: Strategy) -> str:
 
     What it makes stays in its cache on the disk, for the workers of this machine.
     """
-    learner = experiment.with_engine(strategy=strategy, compile=True).learner()
-    batch = experiment.first_tasks(experiment.plan.tasks_per_microbatch)
+    device = device_here(experiment.config.runtime.gpus_per_worker)
+    learner = experiment.with_engine(strategy=strategy, compile=True).learner(device)
+    batch = experiment.first_tasks(experiment.plan.tasks_per_microbatch).to(device)
     print("compiling the meta-gradient, which may take minutes; engine.compile=trace does without", file=sys.stderr)
     try:
         with torch.random.fork_rng(devices=[]):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from metadist.algorithms import Algorithm, TaskResults
-from metadist.device import gpu_state
+from metadist.device import gpu_state, make_repeatable
 from metadist.episode import EpisodeBatch
 from metadist.experiment import DTYPES, Experiment
 from metadist.inner.memory import LARGE, hand_back_what_is_freed, resident_growth
@@ -57,14 +57,16 @@ class MetaWorker:
     def __init__(self, experiment: Experiment, device: str = "cpu") -> None:
         self.experiment, self.device = experiment, torch.device(device)
         torch.set_num_threads(experiment.config.runtime.threads_per_worker)
+        make_repeatable(self.device, experiment.config.engine.precision == "tf32")
         self.dtype = DTYPES[experiment.config.engine.precision]
         self.learner: Algorithm = experiment.learner(self.device)
         self.layout = Layout.of(self.learner.initial_meta_params())
         self.learner.model.let_go_of_initial_params()
         if self.layout.nbytes >= LARGE:
             hand_back_what_is_freed()
+        self._aside = torch.cuda.Stream(self.device) if self._is_gpu else None
         self._prefetch = Prefetcher(self._episodes)
-        self._flat = torch.empty(self.layout.numel, dtype=self.layout.dtype)
+        self._flat = torch.empty(self.layout.numel, dtype=self.layout.dtype, pin_memory=self._is_gpu)
         self._held: tuple[int, dict[str, torch.Tensor]] | None = None
         self._views: dict[str, torch.Tensor] | None = None
         self._memory = resident_growth()
@@ -95,10 +97,11 @@ class MetaWorker:
             elif lease.round.kind == "train":
                 self._prefetch.request(_following(lease.round), lease.start)
             result = self._microbatch(lease.round, m, params, batch)
-            bad += self._not_finite(lease.round, m, params, batch, result)
+            gradient = self.layout.flatten(result.gradient).cpu() if lease.round.kind == "train" else None
+            bad += self._not_finite(lease.round, m, params, batch, result, gradient)
             metrics.append(result.metrics)
-            if lease.round.kind == "train":
-                sums.add(Block(0, m), self.layout.flatten(result.gradient).numpy())
+            if gradient is not None:
+                sums.add(Block(0, m), gradient.numpy())
             del result
         elapsed = time.perf_counter() - started
         told = {k: torch.cat([some[k].reshape(-1) for some in metrics]).double().cpu().numpy() for k in metrics[0]}
@@ -124,20 +127,33 @@ class MetaWorker:
         """The meta-parameters that the flat vector holds, on the device."""
         if self._views is not None:
             return {k: v.detach() for k, v in self._views.items()}
+        if self._is_gpu:
+            return self.layout.unflatten(self._flat.to(self.device, non_blocking=True))
         named = self.layout.unflatten(self._flat)
-        if self.device.type == "cpu" and set(self.layout.dtypes) == {self.layout.dtype}:
+        if set(self.layout.dtypes) == {self.layout.dtype}:
             self._views = named  # they follow the vector
-        return {k: v.to(self.device) for k, v in named.items()}
+        return named
+
+    @property
+    def _is_gpu(self) -> bool:
+        return self.device.type == "cuda"
 
     def _episodes(self, round: Round, microbatch: int) -> EpisodeBatch:
+        """A microbatch's episodes on the device; made in a thread while the one before is computed."""
         source = self.experiment.source(round.split, round.size)
-        return source.episodes(self.experiment.config.seed, round.stream, round.episodes(microbatch))
+        batch = source.episodes(self.experiment.config.seed, round.stream, round.episodes(microbatch))
+        if self._aside is None:
+            return batch.to(self.device, self.dtype)
+        # On a stream of its own, beside the kernels of the microbatch that is computed.
+        with torch.cuda.stream(self._aside):
+            moved = batch.pinned().to(self.device, self.dtype)
+            self._aside.synchronize()
+        return moved.used_by(torch.cuda.default_stream(self.device))
 
     def _microbatch(
         self, round: Round, microbatch: int, params: dict[str, torch.Tensor], batch: EpisodeBatch, place: int = 0
     ) -> TaskResults:
         """The results of a microbatch, or of the part of it that begins with its ``place``-th task."""
-        batch = batch.to(self.device, self.dtype)
         # What torch draws by itself (dropout) is a function of the microbatch as well, and of the version also where
         # episodes are held for several: the number is that of an episode drawn anew.
         number = round.first + microbatch * round.tasks_per_microbatch
@@ -150,14 +166,15 @@ class MetaWorker:
             return TaskResults({}, self.learner.evaluate_in_full(params, batch))
 
     def _not_finite(
-        self, round: Round, m: int, params: dict[str, torch.Tensor], batch: EpisodeBatch, result: TaskResults
-    ) -> list[int]:
+        self, round: Round, m: int, params: dict[str, torch.Tensor], batch: EpisodeBatch, result: TaskResults,
+        gradient: torch.Tensor | None,
+    ) -> list[int]:  # fmt: skip
         """Numbers of the episodes to blame for a loss or gradient that is not finite."""
         numbers = round.episodes(m)
-        losses = result.metrics["loss"].reshape(-1)
-        if not bool(torch.isfinite(losses).all()):
-            return [n for n, ok in zip(numbers, torch.isfinite(losses).tolist(), strict=True) if not ok]
-        if all(bool(torch.isfinite(g).all()) for g in result.gradient.values()):
+        losses = torch.isfinite(result.metrics["loss"].reshape(-1)).tolist()
+        if not all(losses):
+            return [n for n, ok in zip(numbers, losses, strict=True) if not ok]
+        if gradient is None or bool(torch.isfinite(gradient).all()):
             return []
         alone = [self._microbatch(round, m, params, EpisodeBatch.stack([e]), place) for place, e in enumerate(batch)]
         bad = [

@@ -278,8 +278,8 @@ class EngineConfig(Section):
         "auto",
         description="trace: derive the vectorised meta-gradient once and run its operators alone, some seconds at the "
         "start of each worker; true: compile them as well (inductor), a minute or two, worth it in long runs of "
-        "networks of many small operators; false: neither; auto: true for networks without convolutions where the run "
-        f"has {LONG_RUN} steps or more, else trace",
+        "networks of many small operators and on GPUs; false: neither; auto: true where the run has "
+        f"{LONG_RUN} steps or more, on a CPU for networks without convolutions alone, else trace",
     )
     recompute: bool = Field(
         False,
@@ -298,15 +298,16 @@ class EngineConfig(Section):
         "auto",
         description="direct: torch's own; columns: products of matrices for small pictures; winograd: 3x3 convolutions "
         "of stride 1 with a quarter of the products, and others summed in registers; auto: winograd where the "
-        "meta-gradient is traced or compiled for a CPU, direct elsewhere",
+        "meta-gradient is traced or compiled for a CPU, columns where it is for a GPU, direct elsewhere",
     )
     fused_norm: bool | Literal["auto"] = Field(
         "auto", description="BatchNorm with the ReLU and max pooling after it as one operator, where it can be built"
     )
-    precision: Literal["float32", "float64", "bfloat16"] = Field(
+    precision: Literal["float32", "tf32", "float64", "bfloat16"] = Field(
         "float32",
         description="bfloat16: the factors of convolutions and products alone, in the inner loop and its derivatives; "
-        "parameters, normalisation, losses and the sums of gradients stay float32",
+        "parameters, normalisation, losses and the sums of gradients stay float32; tf32: the same factors with ten "
+        "bits, by a GPU alone, and as float32 on a CPU",
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import importlib.util
 import operator
 import os
 import shutil
@@ -26,6 +27,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
+
+from metadist.inner.replay import replayed
 
 Compile = Literal[False, True, "trace"]
 
@@ -66,7 +69,8 @@ class Program:
     ) -> tuple[Callable[..., Any], pytree.TreeSpec]:
         graph, out_spec = trace(self.fn, flat, spec)
         merge_duplicates(graph, data, everything=not self.recompute)
-        return (_compiled(graph, flat) if self.inductor else graph), out_spec
+        with torch.no_grad():
+            return replayed(_compiled(graph, flat) if self.inductor else graph, flat), out_spec
 
 
 def _compiled(graph: fx.GraphModule, flat: list[Tensor]) -> Callable[..., Any]:
@@ -165,8 +169,8 @@ def _mutable(target: Any) -> bool:
 
 def compiler_missing() -> str:
     """Why code cannot be compiled on this machine; empty if it can."""
-    if torch.cuda.is_available():
-        return ""
+    if torch.cuda.is_available() and importlib.util.find_spec("triton") is None:
+        return "no Triton was found"
     try:
         from torch._inductor.cpp_builder import get_cpp_compiler
 

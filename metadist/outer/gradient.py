@@ -79,8 +79,9 @@ class Layout:
         return found
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """One vector ``[numel]`` on the CPU, in :attr:`dtype`; a copy."""
-        flat = torch.empty(self.numel, dtype=self.dtype)
+        """One vector ``[numel]`` in :attr:`dtype`, where the tensors are; a copy."""
+        device = tensors[self.names[0]].device if self.names else None
+        flat = torch.empty(self.numel, dtype=self.dtype, device=device)
         start = 0
         for name, size in zip(self.names, self.sizes, strict=True):
             flat[start : start + size].copy_(tensors[name].detach().reshape(-1))

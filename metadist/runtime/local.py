@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from metadist.device import device_here
 from metadist.errors import ServerLostError
 from metadist.experiment import Experiment
 from metadist.outer.gradient import Block, placed
@@ -26,9 +27,7 @@ class LocalBackend:
 
     def __init__(self, experiment: Experiment) -> None:
         self._experiment = experiment
-        gpus = experiment.config.runtime.gpus_per_worker
-        wanted = torch.cuda.is_available() if gpus == "auto" else gpus > 0
-        self._device = "cuda" if wanted else "cpu"
+        self._device = device_here(experiment.config.runtime.gpus_per_worker)
         self._pending: list[Lease] = []
         self._answers: dict[int, dict[Block, np.ndarray]] = {}
         self._threads = torch.get_num_threads()

@@ -14,6 +14,7 @@ from metadist.episode import Episode, EpisodeBatch, Examples
 from metadist.inner import Engine, FunctionalModel
 from metadist.inner.engine import Strategy
 from metadist.inner.optimizers import make_optimizer
+from metadist.inner.program import Compile
 from metadist.models import MLP, Flatten
 from metadist.tasks.sequences import arrange
 
@@ -155,8 +156,9 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def learner_of(
-    case: Case, strategy: Strategy = "vectorised", model: str | None = None, batchnorm: str = "transductive"
-) -> Algorithm:
+    case: Case, strategy: Strategy = "vectorised", model: str | None = None, batchnorm: str = "transductive",
+    device: str = "cpu", compile: Compile = False,
+) -> Algorithm:  # fmt: skip
     """The learner bound to its model, in float64, as :class:`metadist.experiment.Experiment` does it."""
     torch.manual_seed(3)
     options = dict(case.options)
@@ -168,6 +170,6 @@ def learner_of(
     example = Episode(*(Examples(s.x.float(), s.y) for s in (example.support, example.query)))
     module = MODULES[model or case.model](WAYS if algorithm.wants == "outputs" else None)
     module = algorithm.prepare(module, example)
-    functional = FunctionalModel(module, dtype=torch.float64, batchnorm=batchnorm)  # type: ignore[arg-type]
+    functional = FunctionalModel(module, device, torch.float64, batchnorm)  # type: ignore[arg-type]
     objective = resolve_objective(algorithm.loss, example.query.y, algorithm.metric)
-    return algorithm.bind(functional, objective, Engine(strategy))
+    return algorithm.bind(functional, objective, Engine(strategy, compile))

@@ -205,14 +205,15 @@ def test_ctrl_c_leaves_a_run_that_resumes_to_the_same_bits(omniglot_shards, undi
 
 @pytest.mark.slow
 def test_the_check_notices_another_order_of_summation(omniglot_shards, undisturbed, tmp_path, monkeypatch):
-    def in_order_of_arrival(start, values, count):
-        total = None
-        for value in values:
-            total = value.copy() if total is None else value + total * np.float32(1)
-        # One block over everything, summed from left to right instead of by the tree.
-        return {gradient.Block((count - 1).bit_length(), 0): total}
+    class InOrderOfArrival(gradient.TreeSum):
+        def held(self):
+            total = None
+            for value in self._held.values():
+                total = value.copy() if total is None else value + total * np.float32(1)
+            # One block over everything, summed from left to right instead of by the tree.
+            return {gradient.Block((self.count - 1).bit_length(), 0): total}
 
-    monkeypatch.setattr("metadist.worker.partial_sums", in_order_of_arrival)
+    monkeypatch.setattr("metadist.worker.TreeSum", InOrderOfArrival)
     assert run(omniglot_shards, tmp_path / "run", **LOCAL)["meta_params_sha256"] != undisturbed[0]["meta_params_sha256"]
 
 

@@ -14,6 +14,9 @@ warm-up lie outside ("first call").
 
 Milliseconds are of processor time, all threads together, of which there is one: on a machine of one's own that is the
 time on the wall, which is given beside it, and beside other work it is still what the computation takes.
+On a GPU (--device cuda) it is the time on the wall until the GPU has done, with all tasks computed together, and
+memory is that of tensors there.
+
 Memory is measured in a process of its own for each, over what it held before the first call; for compiled settings
 this includes what the compiler took. "of sgemm" is the share of the speed of a large matrix product, counting
 the products and convolutions of the plain reference.
@@ -74,6 +77,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peers", type=Path, default=ROOT / ".peers", metavar="DIR", help="[default: .peers]")
     parser.add_argument("--allocator", choices=("workers", "default"), default="workers",
                         help="glibc as our workers run it, or as it installs  [default: workers]")  # fmt: skip
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="[default: %(default)s]")
     parser.add_argument("--no-memory", action="store_true", help="leave out the measuring of memory")
     parser.add_argument("--tasks", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -108,14 +112,15 @@ def in_child(order: dict[str, Any], allocator: str) -> dict[str, Any]:
 def child(order: dict[str, Any]) -> None:
     """Carries out one order: times a workload, or measures the memory of one implementation."""
     torch.set_num_threads(1)
+    device = order["device"]
     workload, folder, tasks = WORKLOADS[order["workload"]], Path(order["peers"]), order["tasks"]
-    found, left_out = measure.implementations(workload, folder, order["quick"], tuple(order["words"]))
+    found, left_out = measure.implementations(workload, folder, order["quick"], tuple(order["words"]), device)
     result: dict[str, Any]
     if "memory_of" in order:
         (one,) = [i for i in found if i.name == order["memory_of"]]
-        result = {"peak_mb": measure.peak_mb(one, make_job(workload, tasks, torch.float32))}
+        result = {"peak_mb": measure.peak_mb(one, make_job(workload, tasks, torch.float32, device))}
     else:
-        result = measure.measure(workload, found, tasks, order["rounds"], order["quick"], say)
+        result = measure.measure(workload, found, tasks, order["rounds"], order["quick"], say, device)
         result["left_out"] = {**left_out, **result["left_out"]}
     Path(order["out"]).write_text(json.dumps(result))
 
@@ -130,7 +135,7 @@ def run_workload(name: str, options: argparse.Namespace) -> dict[str, Any]:
     workload = WORKLOADS[name]
     order = {
         "workload": name, "peers": str(options.peers.resolve()), "quick": options.quick,
-        "words": options.implementations, "rounds": options.rounds,
+        "words": options.implementations, "rounds": options.rounds, "device": options.device,
         "tasks": options.tasks or (workload.quick_tasks if options.quick else workload.tasks),
     }  # fmt: skip
     result = in_child(order, options.allocator)
@@ -151,6 +156,7 @@ def setup(options: argparse.Namespace, results: dict[str, Any]) -> dict[str, Any
         "date": datetime.date.today().isoformat(),
         "cpu_cores": os.cpu_count(),
         "threads": 1,
+        "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
         "torch": torch.__version__,
         "allocator": ALLOCATOR if options.allocator == "workers" else "as installed",
         "quick": options.quick,

@@ -151,4 +151,6 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int
     n, h, w, numbers = rows.shape
     out = rows.reshape(n * h * w, numbers) @ weight.permute(2, 3, 1, 0).reshape(numbers, outputs)
     out = out if bias is None else out + bias
-    return out.reshape(n, h, w, outputs).permute(0, 3, 1, 2)
+    pictures = out.reshape(n, h, w, outputs).permute(0, 3, 1, 2)
+    # On a GPU, pooling would ask for pictures channel by channel in memory by a name that vmap does not know.
+    return pictures.contiguous() if x.is_cuda else pictures

@@ -18,6 +18,9 @@ POSITIONS = 256
 FEW_NUMBERS = 32
 """Numbers in a window that are so few that their memory is none for larger pictures either."""
 
+GPU_POSITIONS = 1024
+"""The same on a GPU, where pictures larger than that keep its own convolutions busy enough."""
+
 CHANNELS = 8
 """Fewest channels that fill the registers of :mod:`~metadist.inner.kernels.winograd` and ``taps``."""
 
@@ -27,7 +30,7 @@ class AsProducts(TorchFunctionMode):
 
     Args:
         fast: take Winograd's form for what it can do (:mod:`metadist.inner.kernels.winograd`), and sums in registers
-            (:mod:`metadist.inner.kernels.taps`) for the rest; otherwise, and for few channels, windows
+            (:mod:`metadist.inner.kernels.taps`) for the rest; otherwise, for few channels and on a GPU, windows
             (:mod:`metadist.inner.kernels.columns`).
     """
 
@@ -51,12 +54,13 @@ class AsProducts(TorchFunctionMode):
         out = [columns.output_size(n, *of) for n, *of in zip(input.shape[2:], kernel, stride, padding, strict=True)]
         if min(out) < 1:
             return None
-        if self._fast and min(channels, outputs) >= CHANNELS:
+        if self._fast and not input.is_cuda and min(channels, outputs) >= CHANNELS:
             if winograd.takes(kernel, stride, padding):
                 return winograd.convolution(input, weight, bias, padding)
             if taps.available(input.device, input.dtype):
                 return taps.convolution(input, weight, bias, stride, padding)
-        if out[0] * out[1] <= POSITIONS or kernel[0] * kernel[1] * channels <= FEW_NUMBERS:
+        positions, few = out[0] * out[1], kernel[0] * kernel[1] * channels <= FEW_NUMBERS
+        if positions <= GPU_POSITIONS if input.is_cuda else positions <= POSITIONS or few:
             return columns.convolution(input, weight, bias, stride, padding)
         return None
 

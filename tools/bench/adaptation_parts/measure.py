@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from metadist.benchmark import distance
+from metadist.device import make_repeatable, wait_for
 from metadist.errors import first_line
 from tools.bench.adaptation_parts.ours import SETTINGS, make_ours
 from tools.bench.adaptation_parts.peers import PEERS, make_peer
@@ -78,7 +79,7 @@ class Measured:
 
 
 def implementations(
-    workload: Workload, folder: Path, quick: bool = False, words: tuple[str, ...] = ()
+    workload: Workload, folder: Path, quick: bool = False, words: tuple[str, ...] = (), device: str = "cpu"
 ) -> tuple[list[Implementation], dict[str, str]]:
     """Those of a workload, ours after the peers, and why others are left out.
 
@@ -87,6 +88,7 @@ def implementations(
         folder: where peers are installed.
         quick: of ours, only those that are quick to measure here.
         words: only those of these names, or whose name contains a word that is no name; none given: all.
+        device: where it is computed.
     """
     found, left_out = [], {}
     for peer in PEERS:
@@ -98,7 +100,8 @@ def implementations(
             found.append(Implementation(peer.name, lambda job, p=peer: make_peer(p, job, folder)))  # type: ignore[misc]
     for s in SETTINGS:
         name = f"metadist/{s.name}"
-        if workload.family in s.on and (not quick or workload.name in s.quick) and _wanted(name, words):
+        here = workload.family in s.on and device in s.where
+        if here and (not quick or workload.name in s.quick) and _wanted(name, words):
             make = lambda job, s=s: make_ours(s, job)  # noqa: E731
             found.append(Implementation(name, make, True, s.compiled, s.together))  # type: ignore[arg-type]
     return found, left_out
@@ -129,11 +132,11 @@ class Check:
     tolerance: float
 
 
-def checks(workload: Workload, tasks: int) -> tuple[Check, Check]:
+def checks(workload: Workload, tasks: int, device: str = "cpu") -> tuple[Check, Check]:
     """On the job that is timed, in float32, and on a few tasks in float64."""
-    timed = make_job(workload, tasks, torch.float32)
-    wanted = reference(make_job(workload, tasks, torch.float64))
-    small = make_job(workload, min(tasks, workload.check_tasks), torch.float64)
+    timed = make_job(workload, tasks, torch.float32, device)
+    wanted = reference(make_job(workload, tasks, torch.float64, device))
+    small = make_job(workload, min(tasks, workload.check_tasks), torch.float64, device)
     rounding = distance(reference(timed), wanted)
     return (
         Check(timed, wanted, FLOAT32_TOLERANCE + 5 * rounding),
@@ -155,6 +158,7 @@ def check(implementation: Implementation, timed: Check, small: Check, quick: boo
         result.call = implementation.make(timed.job)
         started = time.perf_counter()
         found = result.call()
+        wait_for(torch.device(timed.job.device))
         result.first_call_s = time.perf_counter() - started
         _judge(result, found, timed)
         if not result.reason and not (implementation.compiled and quick):
@@ -182,51 +186,64 @@ def _judge(result: Measured, found: Tensors, of: Check) -> None:
 # ------------------------------------------------------------------ time
 
 
-def time_rounds(measured: list[Measured], rounds: int) -> None:
+def time_rounds(measured: list[Measured], rounds: int, device: str = "cpu") -> None:
     """Interleaved rounds: each implementation in turn, another one first in each round."""
     ready = [m for m in measured if m.call is not None]
-    repeats = [_repeats(m) for m in ready]
+    repeats = [_repeats(m, device) for m in ready]
     order = list(zip(ready, repeats, strict=True))
     for _ in range(rounds):
         for m, times in order:
             assert m.call is not None
             gc.collect()
-            calls = [_seconds(m.call) for _ in range(times)]
+            calls = [_seconds(m.call, device) for _ in range(times)]
             m.rounds_s.append((statistics.median(c for c, _ in calls), statistics.median(w for _, w in calls)))
         order = order[1:] + order[:1]
 
 
-def _repeats(measured: Measured) -> int:
+def _repeats(measured: Measured, device: str) -> int:
     if measured.first_call_s > 5 * LEAST_S and not measured.implementation.compiled:
         return 1
     assert measured.call is not None
-    return min(50, 1 + int(LEAST_S / max(_seconds(measured.call))))
+    return min(50, 1 + int(LEAST_S / max(_seconds(measured.call, device))))
 
 
-def _seconds(call: Call) -> tuple[float, float]:
-    """Processor time of one call, all threads together, and its time by the wall clock."""
+def _seconds(call: Call, device: str) -> tuple[float, float]:
+    """Processor time of one call, all threads together, and its time by the wall clock; on a GPU the latter twice."""
     started, processor = time.perf_counter(), time.process_time()
     call()
-    return time.process_time() - processor, time.perf_counter() - started
+    wait_for(torch.device(device))
+    wall = time.perf_counter() - started
+    return time.process_time() - processor if device == "cpu" else wall, wall
 
 
-def attainable() -> dict[str, float]:
-    """Billions of floating-point operations a second of this machine, on one thread, at its best of a few tries."""
-    n = 1024
-    a, b = torch.randn(n, n), torch.randn(n, n)
-    x, weight = torch.randn(16, 64, 28, 28), torch.randn(64, 64, 3, 3)
+def attainable(device: str = "cpu") -> dict[str, float]:
+    """Billions of floating-point operations a second of this machine, at its best of a few tries.
+
+    On one thread of a CPU; on a GPU in single precision, without the units that round.
+    """
+    n, pictures = (1024, 16) if device == "cpu" else (8192, 1024)
+    a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
+    x, weight = torch.randn(pictures, 64, 28, 28, device=device), torch.randn(64, 64, 3, 3, device=device)
     with torch.no_grad():
-        gemm = min(_seconds(lambda: {"": a @ b})[0] for _ in range(5))
-        conv = min(_seconds(lambda: {"": F.conv2d(x, weight, padding=1)})[0] for _ in range(8))
-    return {"sgemm": 2 * n**3 / gemm / 1e9, "conv3x3": 2 * 9 * 64 * 64 * 16 * 28 * 28 / conv / 1e9}
+        gemm = min(_seconds(lambda: {"": a @ b}, device)[0] for _ in range(5))
+        conv = min(_seconds(lambda: {"": F.conv2d(x, weight, padding=1)}, device)[0] for _ in range(8))
+    return {"sgemm": 2 * n**3 / gemm / 1e9, "conv3x3": 2 * 9 * 64 * 64 * pictures * 28 * 28 / conv / 1e9}
 
 
 # ------------------------------------------------------------------ memory
 
 
 def peak_mb(implementation: Implementation, job: Job) -> float:
-    """Growth of this process's largest size over two calls, in MB; for a process that does nothing else."""
+    """Growth of this process's largest size over two calls, in MB; for a process that does nothing else.
+
+    On a GPU: of what tensors take there.
+    """
     call = implementation.make(job)
+    if job.device != "cpu":
+        held = torch.cuda.memory_allocated()
+        call()
+        call()
+        return (torch.cuda.max_memory_allocated() - held) / 2**20
     before = _largest_mb()
     call()
     call()
@@ -253,17 +270,19 @@ def measure(
     rounds: int,
     quick: bool = False,
     say: Callable[[str], None] = lambda _: None,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """One workload by all its implementations, in this process: its rows, and what was left out and why."""
-    timed, small = checks(workload, tasks)
-    best = attainable()
+    make_repeatable(torch.device(device))
+    timed, small = checks(workload, tasks, device)
+    best = attainable(device)
     measured = []
     for implementation in found:
         m = check(implementation, timed, small, quick)
         measured.append(m)
         say(f"{workload.name} {implementation.name}: {m.reason or f'right, first call {m.first_call_s:.1f} s'}")
-    time_rounds(measured, rounds)
-    best = {k: max(best[k], v) for k, v in attainable().items()}
+    time_rounds(measured, rounds, device)
+    best = {k: max(best[k], v) for k, v in attainable(device).items()}
     return {
         "rows": rows(workload, measured, tasks, flops_of_a_task(workload), best["sgemm"]),
         "left_out": {m.implementation.name: m.reason for m in measured if m.reason},

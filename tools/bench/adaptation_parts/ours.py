@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from tools.bench.adaptation_parts.workloads import Call, Job, Tensors, learner, microbatches, our_gradient
+from tools.bench.adaptation_parts.workloads import WORKLOADS, Call, Job, Tensors, learner, microbatches, our_gradient
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class Setting:
         engine: fields of the config's ``engine`` section.
         together: tasks computed in one call; None for all of them.
         on: families of workloads it is measured on.
+        where: kinds of device.
         quick: workloads it is measured on with ``--quick``: those on which its first call is short.
     """
 
@@ -25,6 +26,7 @@ class Setting:
     together: int | None = 1
     on: str = "ABCDE"
     quick: tuple[str, ...] = ()
+    where: tuple[str, ...] = ("cpu",)
 
     @property
     def compiled(self) -> bool:
@@ -36,6 +38,7 @@ _EAGER = {"strategy": "vectorised", "compile": False, "convolution": "winograd"}
 _TRACED = {"strategy": "vectorised", "compile": "trace", "convolution": "winograd"}
 _LEAN = {**_TRACED, "recompute": True}
 _COMPILED = {**_TRACED, "compile": True}
+_GPU = {**_PLAIN, "compile": "trace", "convolution": "columns"}
 _CONVOLUTIONAL = ("A1", "A5", "B1", "B5", "C")
 
 SETTINGS: tuple[Setting, ...] = (
@@ -49,12 +52,16 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("traced-all", _TRACED, None, "DE", ("D1", "D5", "E")),
     Setting("compiled-4", _COMPILED, 4, "ABC"),
     Setting("compiled-all", _COMPILED, None, "DE", ("D1", "D5")),
+    Setting("gpu-vectorised", _PLAIN, None, "ABCDE", tuple(WORKLOADS), where=("cuda",)),
+    Setting("gpu-traced-direct", {**_PLAIN, "compile": "trace"}, None, "ABC", where=("cuda",)),
+    Setting("gpu-traced", _GPU, None, "ABCDE", tuple(WORKLOADS), where=("cuda",)),
+    Setting("gpu-compiled", {**_GPU, "compile": True}, None, "ABCDE", where=("cuda",)),
 )
 
 
 def make_ours(setting: Setting, job: Job) -> Call:
     """The meta-gradient of the job by our engine, microbatches and their sum included."""
-    of = learner(job.workload, setting.engine, job.dtype)
+    of = learner(job.workload, setting.engine, job.dtype, job.device)
     parts = microbatches(job.batch, setting.together)
 
     def call() -> Tensors:

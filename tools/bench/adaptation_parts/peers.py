@@ -201,7 +201,7 @@ def _meta_module(job: Job, modules: Any) -> nn.Module:
                 x = child(x.flatten(1) if name == "head" else x, params=self.get_subdict(params, name))
             return x
 
-    net = Network(job.module()).to(job.dtype)
+    net = Network(job.module()).to(job.device, job.dtype)
     net.load_state_dict(job.params)
     return net
 
@@ -220,6 +220,7 @@ def parallel_metalearn(job: Job, package: Any) -> Call:
         )
     finally:
         torch.set_default_dtype(before)
+    model.to(job.device), inner.to(job.device)
     learner = parts["algorithms"].MAML(
         model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.0), inner_optimizer=inner,
         support_loss_fn=_its_loss(w, parts["loss"]), inner_steps=w.steps, chunk_size=len(job.batch),

@@ -95,7 +95,7 @@ def plain_mann(job: Job) -> Call:
     """All sequences at once, step by step."""
     ways = job.workload.ways
     support_x, support_y, query_x, query_y = job.stacked()
-    module = PlainMANN(support_x[0, 0].numel() + ways, ways).to(job.dtype)
+    module = PlainMANN(support_x[0, 0].numel() + ways, ways).to(job.device, job.dtype)
     _take_over(module, job.params)
 
     def call() -> Tensors:

@@ -129,16 +129,18 @@ class Job:
         batch: its tasks, floating-point tensors in ``dtype``.
         params: meta-parameters by name, in ``dtype``.
         dtype: of the computation.
+        device: where it lies.
     """
 
     workload: Workload
     batch: md.EpisodeBatch
     params: Tensors
     dtype: torch.dtype
+    device: str = "cpu"
 
     def module(self) -> nn.Module:
         """The plain network with the meta-parameters as its own."""
-        module = self.workload.plain_module().to(self.dtype)
+        module = self.workload.plain_module().to(self.device, self.dtype)
         module.load_state_dict(self.params)
         return module
 
@@ -151,16 +153,16 @@ class Job:
         return (*self.batch.support, *self.batch.query)
 
 
-def make_job(workload: Workload, tasks: int, dtype: torch.dtype) -> Job:
+def make_job(workload: Workload, tasks: int, dtype: torch.dtype, device: str = "cpu") -> Job:
     """The first tasks of the workload, the same in every dtype."""
     with torch.random.fork_rng(devices=[]):
-        batch = RandomTasks(workload).episodes(0, "bench", range(tasks)).to("cpu", dtype)
-    return Job(workload, batch, learner(workload, REFERENCE, dtype).initial_meta_params(), dtype)
+        batch = RandomTasks(workload).episodes(0, "bench", range(tasks)).to(device, dtype)
+    return Job(workload, batch, learner(workload, REFERENCE, dtype, device).initial_meta_params(), dtype, device)
 
 
-def learner(workload: Workload, engine: dict[str, Any], dtype: torch.dtype) -> Algorithm:
+def learner(workload: Workload, engine: dict[str, Any], dtype: torch.dtype, device: str = "cpu") -> Algorithm:
     """The learner of metadist for a workload, with an engine as the config's section says."""
-    return experiment(workload, engine, dtype).learner()
+    return experiment(workload, engine, dtype).learner(device)
 
 
 def experiment(workload: Workload, engine: dict[str, Any], dtype: torch.dtype, **others: dict[str, Any]) -> Experiment:
@@ -194,7 +196,7 @@ def our_gradient(of: Algorithm, params: Tensors, batch: md.EpisodeBatch) -> Tens
 
 def reference(job: Job) -> Tensors:
     """The meta-gradient by plain automatic differentiation, task by task."""
-    return our_gradient(learner(job.workload, REFERENCE, job.dtype), job.params, job.batch)
+    return our_gradient(learner(job.workload, REFERENCE, job.dtype, job.device), job.params, job.batch)
 
 
 def flops_of_a_task(workload: Workload) -> float:
