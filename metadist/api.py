@@ -191,7 +191,7 @@ def train(
         runtime: where it runs; this process by default.
         engine, evaluation, tracking: fields of these sections of the config, e.g. ``engine={"compile": True}``.
         name, seed: of the run.
-        precision: ``float32``, ``float64`` or ``bfloat16`` (of products alone).
+        precision: ``float32``, ``tf32`` (of a GPU's products), ``float64`` or ``bfloat16`` (of products alone).
         batchnorm: whose statistics BatchNorm takes for the query set: ``transductive`` (its own), ``inductive`` (the
             support set's) or ``running`` (averages of training).
         run_dir: where the run is kept; must not exist. None makes ``runs/NAME-TIME``.

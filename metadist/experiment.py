@@ -173,9 +173,10 @@ class Experiment:
         # Neither traced nor compiled, what goes around the products costs more than they save.
         if not engine.compile:
             return "direct"
-        if torch.device(device).type == "cuda":  # where grouped convolutions are computed one group after another
+        device = torch.device(device)
+        if device.type == "cuda":  # where grouped convolutions are computed one group after another
             return "columns"
-        if not kernels_available(torch.device(device), dtype):
+        if not kernels_available(device, dtype):
             return "direct"
         # Winograd's transforms need the bits that bfloat16 has not.
         return "columns" if self.config.engine.precision in PRODUCTS else "winograd"

@@ -80,7 +80,7 @@ def _compiled(graph: fx.GraphModule, flat: list[Tensor]) -> Callable[..., Any]:
     find it in the cache.
     """
     program = torch.compile(graph, dynamic=False)
-    with torch.no_grad(), alone(graph.code + str([(t.shape, t.dtype, t.device) for t in flat])):
+    with alone(graph.code + str([(t.shape, t.dtype, t.device) for t in flat])):
         program(*flat)
     return program
 

@@ -220,7 +220,8 @@ def parallel_metalearn(job: Job, package: Any) -> Call:
         )
     finally:
         torch.set_default_dtype(before)
-    model.to(job.device), inner.to(job.device)
+    for part in (model, inner):
+        part.to(job.device)
     learner = parts["algorithms"].MAML(
         model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.0), inner_optimizer=inner,
         support_loss_fn=_its_loss(w, parts["loss"]), inner_steps=w.steps, chunk_size=len(job.batch),
