@@ -90,6 +90,12 @@ class Experiment:
         section = self.config.evaluation
         return EpisodeSize(section.ways, section.shots, section.query_shots, section.outsiders or None)
 
+    @property
+    def has_learner_of_its_own(self) -> bool:
+        """Whether model or algorithm are the user's code."""
+        sections = self.config.model, self.config.algorithm
+        return any(section.type in ("custom", "python") for section in sections)
+
     def example(self) -> Episode:
         """One training episode, for the shapes of inputs and targets."""
         if self.known is not None:

@@ -133,14 +133,18 @@ class ParameterServer:
         if self._prepared is None:
             if self._sum is None:
                 raise ValueError(f"no gradient of version {version} has come")
-            total = self._sum.total(slots)
-            self._sum = None
-            self._prepared = self._update.prepare(torch.from_numpy(total), tasks, own=True)
+            gradients, self._sum = self._sum.addends(slots), None
+            self._prepared = self._update.prepare(gradients, tasks)
         return self._prepared
 
     def weights(self) -> np.ndarray:
         """The flat meta-parameters ``[numel]``."""
         return self._given(self._update.vector)
+
+    def move_into(self, memory: np.ndarray) -> None:
+        """Keeps the meta-parameters in ``memory`` from now on, ``[numel]`` of their dtype: updates are made there."""
+        with self._lock:
+            self._update.move_into(torch.from_numpy(memory))
 
     def snapshot(self) -> dict[str, Any]:
         """Everything needed to go on from this version: ``version``, ``weights``, ``outer_state``."""

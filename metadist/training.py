@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -33,7 +32,7 @@ from metadist.resolve import resolve
 from metadist.rounds import Round
 from metadist.rundir import RunDirectory
 from metadist.runtime.asynchronous import AsynchronousController
-from metadist.runtime.backend import Backend, nothing
+from metadist.runtime.backend import Backend
 from metadist.runtime.controller import Controller, RoundResult, means
 from metadist.runtime.local import LocalBackend
 from metadist.sending import send_checkpoints
@@ -399,7 +398,7 @@ class _Training:
                     raise Interrupted(self.stop.signum)
 
     def _step(self, version: int) -> int:
-        """Makes the next version. The round after it is given out before it is written down."""
+        """Makes the next version. The round after it is given out before this one is written down."""
         assert self.backend is not None
         round = self._round(version)
         if self.controller.begun != round:
@@ -407,10 +406,9 @@ class _Training:
         result = self.controller.finish()
         following = self._round(version + 1)
         before = time.perf_counter()
-        stats = self._commit(version, result, following)
+        stats = self._commit(version, result)
         self.controller.committed()
-        ended = self.controller.started if self.controller.begun == following else time.perf_counter()
-        server_s = ended - before
+        server_s = time.perf_counter() - before
         version += 1
         last, stopping = version == self.config.outer.steps, self.stop.signum is not None
         evaluates = self._evaluates(version) and not stopping
@@ -424,13 +422,10 @@ class _Training:
             self._checkpoint(snapshot or self.backend.snapshot(), best, last=last or stopping)
         return version
 
-    def _commit(self, version: int, result: RoundResult, following: Round) -> dict[str, float]:
-        """Makes the update; gives out the round that follows meanwhile, if nothing comes between them."""
+    def _commit(self, version: int, result: RoundResult) -> dict[str, float]:
         assert self.backend is not None
-        follows = self._goes_on(version + 1) and not isinstance(self.controller, AsynchronousController)
-        meanwhile = functools.partial(self.controller.begin, following) if follows else nothing
         try:
-            return self.backend.commit(version, result.tasks, result.slots, meanwhile)
+            return self.backend.commit(version, result.tasks, result.slots)
         except FloatingPointError as e:
             raise NonFiniteError(
                 f"step {version + 1}", f"{e}; no update was made of it", "lower outer.lr or algorithm.inner_lr"

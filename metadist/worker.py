@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -66,7 +67,9 @@ class MetaWorker:
             hand_back_what_is_freed()
         self._aside = torch.cuda.Stream(self.device) if self._is_gpu else None
         self._prefetch = Prefetcher(self._episodes)
-        self._flat = torch.empty(self.layout.numel, dtype=self.layout.dtype, pin_memory=self._is_gpu)
+        # No learner of ours writes to what it is given, which may be memory that every process of the node reads.
+        self._reads_in_place = not (self._is_gpu or experiment.has_learner_of_its_own)
+        self._flat: torch.Tensor | None = None
         self._held: tuple[int, dict[str, torch.Tensor]] | None = None
         self._views: dict[str, torch.Tensor] | None = None
         self._memory = resident_growth()
@@ -116,20 +119,23 @@ class MetaWorker:
         self.experiment.close()
 
     def _params(self, version: int, weights: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
+        if self._reads_in_place and len(weights) == 1:
+            return self.layout.unflatten(_never_written(weights[0]))
         if self._held is None or self._held[0] != version:
-            # A copy: the arrays may lie in memory shared with every process of the node.
             self._held = None
+            if self._flat is None:
+                self._flat = torch.empty(self.layout.numel, dtype=self.layout.dtype, pin_memory=self._is_gpu)
             np.concatenate(weights, out=self._flat.numpy())
-            self._held = version, self._named()
+            self._held = version, self._named(self._flat)
         return self._held[1]
 
-    def _named(self) -> dict[str, torch.Tensor]:
+    def _named(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
         """The meta-parameters that the flat vector holds, on the device."""
         if self._views is not None:
             return {k: v.detach() for k, v in self._views.items()}
         if self._is_gpu:
-            return self.layout.unflatten(self._flat.to(self.device, non_blocking=True))
-        named = self.layout.unflatten(self._flat)
+            return self.layout.unflatten(flat.to(self.device, non_blocking=True))
+        named = self.layout.unflatten(flat)
         if set(self.layout.dtypes) == {self.layout.dtype}:
             self._views = named  # they follow the vector
         return named
@@ -188,6 +194,13 @@ class MetaWorker:
 def _following(round: Round) -> Round:
     """The round that comes next, if nothing unusual happens."""
     return replace(round, version=round.version + 1, first=round.first + round.tasks)
+
+
+def _never_written(array: np.ndarray) -> torch.Tensor:
+    """A tensor in an array's memory, also in memory of which torch would say that it cannot be written to."""
+    there: Any = (ctypes.c_char * array.nbytes).from_address(array.ctypes.data)
+    there._of = array  # which has to live as long
+    return torch.from_numpy(np.frombuffer(there, array.dtype))
 
 
 class Prefetcher:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
+from metadist.outer.vectors import ADD, Addends
 from tools.bench import server
 
 
@@ -20,6 +20,7 @@ def test_rows_are_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_another_order_of_the_sum_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "the_sum", lambda vectors: np.sum(vectors, axis=0, dtype=np.float64).astype(np.float32))
+    left_to_right = [0, *(word for m in range(1, server.VECTORS) for word in (m, ADD))]
+    monkeypatch.setattr(server, "as_held", lambda vectors: Addends(left_to_right, vectors))
     with pytest.raises(AssertionError, match="bits of the tree"):
         server.check(1000)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metadist.outer.vectors import ADD, tree_sum
+from metadist.outer.vectors import ADD, Addends, tree_sum
 
 
 @dataclass(frozen=True)
@@ -159,8 +159,8 @@ class TreeSum:
         there = {m for b in self._held for m in range(*self._span(b))}
         return [m for m in range(self.count) if m not in there]
 
-    def total(self, members: Sequence[int] | None = None) -> np.ndarray:
-        """The sum, in a vector that is the caller's to change.
+    def addends(self, members: Sequence[int] | None = None) -> Addends:
+        """What is to be added up, and how, for the sum.
 
         Args:
             members: which microbatches it is to be of; None: all. Where one is left out, its neighbour in the tree
@@ -178,9 +178,11 @@ class TreeSum:
         parts: list[Block] = []
         program: list[int] = []
         self._some(self._root, parts, program)
-        if len(parts) == 1:
-            return self._held[parts[0]].copy()
-        return tree_sum(program, [self._held[b] for b in parts])
+        return Addends(program, [self._held[b] for b in parts])
+
+    def total(self, members: Sequence[int] | None = None) -> np.ndarray:
+        """The sum, only to be read; see :meth:`addends`."""
+        return self.addends(members).sum()
 
     def held(self) -> dict[Block, np.ndarray]:
         """The partial sums there are, merged as far as they go."""

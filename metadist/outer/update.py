@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from metadist.inner.memory import LARGE, hand_back_what_is_freed
-from metadist.outer import vectors
+from metadist.outer.vectors import Addends
 
 _CHUNK = 1 << 16
 
@@ -26,11 +26,6 @@ def chunk_starts(sizes: Sequence[int]) -> list[int]:
         starts += range(at, at + size, _CHUNK)
         at += size
     return starts
-
-
-def mean_and_squares(vector: Tensor, tasks: float, starts: Sequence[int]) -> list[float]:
-    """Divides a vector by ``tasks``, in place; the sum of squares of each chunk, in float64."""
-    return vectors.mean_and_squares(vector.numpy(), tasks, np.array([*starts, len(vector)], np.int64))
 
 
 def norm_of(squares: Iterable[float]) -> float:
@@ -68,7 +63,7 @@ class Prepared:
     Args:
         gradient: the mean ``[numel]``, zero where a rule holds.
         ruled: ``(start, stop, next values)`` of what follows a rule.
-        squares: the sums of squares of the gradient's chunks (:func:`mean_and_squares`).
+        squares: the sums of squares of the gradient's chunks (:meth:`metadist.outer.vectors.Addends.mean_and_squares`).
     """
 
     gradient: Tensor
@@ -98,28 +93,36 @@ class MetaUpdate:
         self.optimizer = _optimizer(self._chunks, options)
         self._state: dict[str, Tensor] | None = None
 
-    def prepare(self, gradient_sum: Tensor, tasks: float, own: bool = False) -> Prepared:
+    def prepare(self, gradients: Addends, tasks: float) -> Prepared:
         """What an update with the mean over ``tasks`` of the meta-gradient needs; nothing has changed yet.
 
         Args:
-            gradient_sum: over tasks, ``[numel]``.
+            gradients: whose sum is that over all tasks, ``[numel]``.
             tasks: how many.
-            own: whether the mean may take the place of the sum, for want of another use of it.
 
         Raises:
             FloatingPointError: what follows a rule is not finite.
         """
-        ruled = [(a, z, self._ruled(a, z, rule, gradient_sum, tasks)) for a, z, rule in self.options.get("rules", ())]
+        gradients = gradients.cast(_of_numpy(self.vector.dtype))
+        rules = self.options.get("rules", ())
+        ruled = [
+            (a, z, self._ruled(a, z, rule, torch.from_numpy(gradients.part(a, z)), tasks)) for a, z, rule in rules
+        ]
         if not all(bool(torch.isfinite(values).all()) for _, _, values in ruled):
             raise FloatingPointError("an average or carried state is not finite")
-        gradient = gradient_sum.to(self.vector.dtype, copy=not own)
+        bounds = np.array([*self._starts, len(self.vector)], np.int64)
+        mean, squares = gradients.mean_and_squares(tasks, bounds, torch.get_num_threads())
         for a, z, _ in ruled:
-            gradient[a:z] = 0
-        return Prepared(gradient, ruled, mean_and_squares(gradient, tasks, self._starts))
+            mean[a:z] = 0
+            first, last = np.searchsorted(bounds, a, "right") - 1, np.searchsorted(bounds, z)
+            touched = bounds[first : last + 1]
+            left = Addends([0], [mean[touched[0] : touched[-1]]])
+            _, squares[first:last] = left.mean_and_squares(1.0, touched - touched[0])
+        return Prepared(torch.from_numpy(mean), ruled, squares.tolist())
 
     def apply(self, gradient_sum: Tensor, tasks: float) -> dict[str, float]:
         """:meth:`prepare` and :meth:`move` in one."""
-        return self.move(self.prepare(gradient_sum, tasks))
+        return self.move(self.prepare(Addends([0], [gradient_sum.numpy()]), tasks))
 
     def move(self, prepared: Prepared, norm: float | None = None) -> dict[str, float]:
         """One update.
@@ -156,9 +159,8 @@ class MetaUpdate:
         self.version += 1
         return {"grad_norm": norm, "outer_lr": lr}
 
-    def _ruled(self, start: int, stop: int, rule: dict[str, Any], total: Tensor, tasks: float) -> Tensor:
-        """The next values of a part that follows a rule."""
-        new = total[start:stop].to(self.vector.dtype)
+    def _ruled(self, start: int, stop: int, rule: dict[str, Any], new: Tensor, tasks: float) -> Tensor:
+        """The next values of a part that follows a rule, of what they sum up to."""
         if rule["kind"] == "replace":
             return new.clone()
         old = self.vector[start:stop].detach()
@@ -180,7 +182,7 @@ class MetaUpdate:
         self.optimizer.state.clear()
         self._state = None
         if state:
-            self._share({k: v.clone() for k, v in state.items()})
+            self._share({k: _joined([v]) if v.dim() else v.clone() for k, v in state.items()})
         self.version = version
 
     def _join(self) -> None:
@@ -189,10 +191,17 @@ class MetaUpdate:
         names = [k for k, v in held[0].items() if isinstance(v, Tensor)]
         joined: dict[str, Tensor] = {}
         for k in names:
-            joined[k] = torch.cat([h[k] for h in held]) if held[0][k].dim() else held[0][k].clone()
+            joined[k] = _joined([h[k] for h in held]) if held[0][k].dim() else held[0][k].clone()
             for h in held:
                 del h[k]
         self._share(joined)
+        self._tidy()
+
+    def move_into(self, memory: Tensor) -> None:
+        """Goes on with the meta-parameters in ``memory``, a vector of the same length and dtype."""
+        self.vector = memory.copy_(self.vector)
+        for chunk, part in zip(self._chunks, self._cut(memory), strict=True):
+            chunk.data = part
         self._tidy()
 
     def _tidy(self) -> None:
@@ -206,6 +215,16 @@ class MetaUpdate:
         for i, chunk in enumerate(self._chunks):
             self.optimizer.state[chunk] |= {k: v[i] for k, v in parts.items()}
         self._state = state
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Parts of a vector as a new one, for which NumPy asks the system for large pages; torch does not."""
+    whole = torch.from_numpy(np.empty(sum(len(part) for part in parts), _of_numpy(parts[0].dtype)))
+    return torch.cat(list(parts), out=whole)
+
+
+def _of_numpy(dtype: torch.dtype) -> np.dtype:
+    return torch.empty(0, dtype=dtype).numpy().dtype
 
 
 def _optimizer(chunks: list[torch.nn.Parameter], options: dict[str, Any]) -> torch.optim.Optimizer:

@@ -3,66 +3,142 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from metadist.inner.kernels.build import function
+from metadist.inner.kernels.build import function, load
 
 ADD = -1
 _SOURCE = Path(__file__).with_name("vectors.cpp")
 _SUM = (
     ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_int32), ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64,
 )  # fmt: skip
-_MEAN = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p)
+_MEAN = (
+    ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_int32), ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64,
+    ctypes.c_double, ctypes.c_void_p, ctypes.c_void_p,
+)  # fmt: skip
 _LANES = 16
+_PAST_CACHE, _LINE = 1 << 23, 64
+"""Bytes of a vector that would push itself out of the cache, and of a line of it."""
+_WORTH_THREADS = 1 << 22
+"""Bytes of a vector from which it is worth starting threads."""
 _DTYPES = {np.dtype(np.float32): torch.float32, np.dtype(np.float64): torch.float64}
 
 
-def tree_sum(program: Sequence[int], values: Sequence[np.ndarray]) -> np.ndarray:
-    """The sum that ``program`` says, of vectors that are only read; a new vector, or the one there is.
+@dataclass(frozen=True)
+class Addends:
+    """Vectors that are to be added up, along a tree; they are only read.
 
     Args:
-        program: a binary tree in postfix: ``k`` is ``values[k]``, :data:`ADD` the sum of the two before it.
-        values: vectors ``[n]`` of one dtype.
+        program: the binary tree in postfix: ``k`` is ``values[k]``, :data:`ADD` the sum of the two before it.
+        values: vectors ``[n]`` of one dtype, at least one.
     """
-    if len(program) == 1:
-        return values[program[0]]
-    dtype, n = values[0].dtype, len(values[0])
-    made = _DTYPES.get(dtype)
-    summed = function(_SOURCE, "tree_sum", torch.device("cpu"), made, _SUM) if made else None
-    if summed is None or not all(v.dtype == dtype and v.flags.c_contiguous for v in values):
-        return _plainly(program, values)
-    out = np.empty(n, dtype)
-    steps = (ctypes.c_int32 * len(program))(*program)
-    places = (ctypes.c_void_p * len(values))(*(v.ctypes.data for v in values))
-    summed(places, steps, len(program), out.ctypes.data, n)
-    return out
 
+    program: Sequence[int]
+    values: Sequence[np.ndarray]
 
-def mean_and_squares(vector: np.ndarray, tasks: float, bounds: np.ndarray) -> list[float]:
-    """Divides a vector by ``tasks``, in place; the sums of squares of its chunks as they are then, in float64.
+    def sum(self) -> np.ndarray:
+        """The sum ``[n]``: a new vector, or the one there is."""
+        if len(self.program) == 1:
+            return self.values[self.program[0]]
+        summed = self._compiled("tree_sum", _SUM)
+        if summed is None:
+            return _plainly(self.program, self.values)
+        out = np.empty(len(self.values[0]), self.values[0].dtype)
+        summed(*self._tree(), out.ctypes.data, len(out))
+        return out
 
-    Squares are added in sixteen lanes, and these in their order: the same bits with or without a compiler.
+    def part(self, start: int, stop: int) -> np.ndarray:
+        """The sum of a part, as of :meth:`sum`."""
+        return Addends(self.program, [v[start:stop] for v in self.values]).sum()
 
-    Args:
-        vector: ``[n]``, contiguous; changed.
-        tasks: what to divide by, in the vector's own precision.
-        bounds: where the chunks begin, and at the end ``n``, int64 ``[chunks + 1]``; they leave nothing out.
-    """
-    made = _DTYPES.get(vector.dtype)
-    mean = function(_SOURCE, "mean_and_squares", torch.device("cpu"), made, _MEAN) if made else None
-    if mean is not None and vector.flags.c_contiguous:
+    def cast(self, dtype: np.dtype) -> Addends:
+        """The same sum in another precision."""
+        return self if self.values[0].dtype == dtype else Addends([0], [self.sum().astype(dtype)])
+
+    def mean_and_squares(self, tasks: float, bounds: np.ndarray, threads: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """The sum divided by ``tasks``, a new vector ``[n]``, and the sums of squares of its chunks in float64.
+
+        Squares are added in sixteen lanes, and these in their order: the same bits with or without a compiler, and with
+        any number of threads.
+
+        Args:
+            tasks: what to divide by, in the vectors' own precision.
+            bounds: where the chunks begin, and at the end ``n``, int64 ``[chunks + 1]``; they leave nothing out.
+            threads: among which the chunks are shared out, if there is much to do.
+        """
         squares = np.empty(len(bounds) - 1)
-        mean(vector.ctypes.data, bounds.ctypes.data, len(squares), tasks, squares.ctypes.data)
-        return squares.tolist()
-    return [_mean_plainly(vector[a:z], tasks) for a, z in pairwise(bounds.tolist())]
+        mean = self._compiled("tree_mean", _MEAN)
+        if mean is None:
+            out = self.sum().copy()
+            for i, (a, z) in enumerate(pairwise(bounds.tolist())):
+                squares[i] = _mean_plainly(out[a:z], tasks)
+            return out, squares
+        out = np.empty(len(self.values[0]), self.values[0].dtype)
+        tree = self._tree()
+
+        def work(first: int, last: int) -> None:
+            where = bounds[first:].ctypes.data, last - first
+            mean(*tree, *where, tasks, out.ctypes.data, squares[first:].ctypes.data)
+
+        _shared_out(work, len(squares), threads if out.nbytes >= _WORTH_THREADS else 1)
+        return out, squares
+
+    def _compiled(self, name: str, arguments: tuple[Any, ...]) -> Any:
+        """The C++ function, None where it cannot take these."""
+        dtype = self.values[0].dtype
+        made = _DTYPES.get(dtype)
+        if made is None or not all(v.dtype == dtype and v.flags.c_contiguous for v in self.values):
+            return None
+        return function(_SOURCE, name, torch.device("cpu"), made, arguments)
+
+    def _tree(self) -> tuple[Any, Any, int]:
+        steps = (ctypes.c_int32 * len(self.program))(*self.program)
+        places = (ctypes.c_void_p * len(self.values))(*(v.ctypes.data for v in self.values))
+        return places, steps, len(self.program)
+
+
+def copy_into(place: np.ndarray, values: np.ndarray) -> None:
+    """Copies a vector for others to read, past the cache of this processor if it is a long one.
+
+    Args:
+        place: ``[n]``, contiguous.
+        values: ``[n]`` of the same dtype.
+    """
+    library = load(_SOURCE) if values.nbytes >= _PAST_CACHE and values.flags.c_contiguous else None
+    if library is None or place.ctypes.data % _LINE:
+        place[:] = values
+    else:
+        library.copy(*(ctypes.c_void_p(v.ctypes.data) for v in (values, place)), ctypes.c_int64(values.nbytes))
+
+
+def tree_sum(program: Sequence[int], values: Sequence[np.ndarray]) -> np.ndarray:
+    """See :meth:`Addends.sum`."""
+    return Addends(program, values).sum()
+
+
+def _shared_out(work: Callable[[int, int], None], count: int, threads: int) -> None:
+    """Calls ``work(first, last)`` for parts of ``range(count)``, in as many threads."""
+    ends = [count * i // threads for i in range(threads + 1)]
+    if threads == 1:
+        work(0, count)
+        return
+    with ThreadPoolExecutor(threads - 1) as pool:
+        others = [pool.submit(work, first, last) for first, last in pairwise(ends[1:])]
+        work(ends[0], ends[1])
+        for other in others:
+            other.result()
 
 
 def _mean_plainly(vector: np.ndarray, tasks: float) -> float:
+    """Divides a vector by ``tasks``, in place; its sum of squares."""
     with np.errstate(all="ignore"):
         np.divide(vector, vector.dtype.type(tasks), out=vector)
         wide = vector.astype(np.float64)

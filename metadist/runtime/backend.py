@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,22 +18,6 @@ WITHIN_MESSAGES = 1_000_000
 
 Through the object store it costs every process on its way another exchange with Ray's own.
 """
-
-
-Meanwhile = Callable[[], None]
-"""What is done while an update is made."""
-
-
-def nothing() -> None:
-    """The :data:`Meanwhile` where nothing can be done."""
-
-
-def crowded(workers: int, processors: float) -> bool:
-    """Whether workers that were given something while an update is made would be in the way of who makes it.
-
-    They wake up and look, again and again, whether the weights are there.
-    """
-    return workers > processors
 
 
 @dataclass(frozen=True)
@@ -141,7 +125,6 @@ class Backend(Protocol):
         version: int,
         tasks: float,
         slots: Sequence[int] | None = None,
-        meanwhile: Meanwhile = nothing,
     ) -> dict[str, float]:
         """Makes the next version of the gradients that were accepted and have settled; returns the update's statistics.
 
@@ -149,8 +132,6 @@ class Backend(Protocol):
             version: the server's.
             tasks: over how many the mean is taken; weighted ones count for their weight.
             slots: the places in the sum that are filled, if not all are.
-            meanwhile: called, where that can be, while the update is made: leases that it gives out are of the version
-                that is being made, and begin with it.
         """
 
     def restore(self, snapshot: dict[str, Any], error: ServerLostError) -> None:

@@ -13,7 +13,7 @@ from metadist.errors import ServerLostError
 from metadist.experiment import Experiment
 from metadist.outer.gradient import Block, placed
 from metadist.rounds import Lease
-from metadist.runtime.backend import Computed, Died, Event, Meanwhile, nothing
+from metadist.runtime.backend import Computed, Died, Event
 from metadist.server import ParameterServer
 from metadist.worker import MetaWorker
 
@@ -71,7 +71,6 @@ class LocalBackend:
         version: int,
         tasks: float,
         slots: Sequence[int] | None = None,
-        meanwhile: Meanwhile = nothing,
     ) -> dict[str, float]:
         self._weights, stats = self._server.commit(version, tasks, slots=slots)
         return stats

@@ -1,8 +1,8 @@
 """Workers as Ray actors, and the backend that leases to them.
 
-The driver owns leases and membership and waits on references; weights and gradients go between workers
-and server through the object store without passing through it. Workers are replaced, never restarted,
-so that nothing runs twice behind the controller's back.
+The driver owns leases and membership and waits for answers; weights and gradients go between workers and server
+without passing through it. Workers are replaced, never restarted, so that nothing runs twice behind the controller's
+back.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import ray
 from ray import ObjectRef
-from ray.actor import ActorHandle
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayError, RayTaskError
 
 from metadist.config.schema import WorkersRange
 from metadist.errors import ClusterError, MetadistError, ServerLostError, first_line
 from metadist.experiment import Experiment
 from metadist.rounds import Lease
-from metadist.runtime.backend import Computed, Died, Event, Joined, Left, Meanwhile, Moved, crowded, nothing
+from metadist.runtime import channel
+from metadist.runtime.backend import Computed, Died, Event, Joined, Left, Moved
+from metadist.runtime.channel import Channel, Line
 from metadist.runtime.cluster import connect, draining_nodes, plan_workers, room_for_workers, within_messages
 from metadist.runtime.messages import packed, unpacked
 from metadist.runtime.ray_server import Part, RayServer, areas_of, cause_of, kill, server_is_gone
@@ -38,6 +39,8 @@ _START_TIMEOUT_S = 300.0
 _REACH_S = 0.1
 """How long a worker that is ready is waited for, once, to say whether it can open the server's memory."""
 _MEMBERSHIP_S = 1.0
+_LOOKS_S, _SELDOM_LOOKS_S = 0.002, 0.02
+"""How often answers that come by Ray are looked for while others come through channels, and workers that start."""
 _COMPANY_S = 0.004
 """How long a small gradient waits for others to be sent with it."""
 _COMPANY = 8
@@ -74,6 +77,10 @@ class _Worker(WorkerProcess):
         except SharedMemoryLost:
             return False
         return True
+
+    def attend(self, place: channel.Place) -> bool:
+        """Answers :meth:`compute` over a channel, where all weights and gradients lie in memory of the node."""
+        return channel.attend(place, self.compute)
 
     def compute(self, message: bytes, *stored: np.ndarray) -> Any:
         """The report with the places of what is for shards that are near, and what is for each of the others.
@@ -115,6 +122,14 @@ class _Order(NamedTuple):
     weights: list[Shared | None]
 
 
+def _answers_to(refs: list[ObjectRef]) -> dict[ObjectRef, Any]:
+    """See :meth:`RayBackend._arrived`, for references that are ready."""
+    try:
+        return dict(zip(refs, ray.get(refs), strict=True))
+    except RayError:
+        return dict.fromkeys(refs)
+
+
 def _answer_to(ref: ObjectRef, timeout: float) -> dict[ObjectRef, Any]:
     """See :meth:`RayBackend._arrived`, for one reference: an exchange less with Ray's own."""
     try:
@@ -127,13 +142,14 @@ def _answer_to(ref: ObjectRef, timeout: float) -> dict[ObjectRef, Any]:
 
 @dataclass(eq=False)
 class Handle:
-    """A worker: its actor, what it was asked, the node it is on, whether it is to go.
+    """A worker: the line to its actor, what it was asked, the node it is on, whether it is to go.
 
     ``near`` says which shards of the server ``reached`` it shares memory with, as far as it has ``reaching`` answered.
-    Nobody reads any more what lies in the areas ``done``.
+    Nobody reads any more what lies in the areas ``done``. Of an answer that comes over a channel, the channel's call is
+    the reference.
     """
 
-    actor: ActorHandle
+    line: Line
     starting: ObjectRef | None
     answers: dict[ObjectRef, tuple[Lease, list[_Cut], list[ObjectRef]]] = field(default_factory=dict)
     node: str = ""
@@ -143,6 +159,10 @@ class Handle:
     reaching: ObjectRef | None = None
     near: list[bool] = field(default_factory=list)
     done: list[Area] = field(default_factory=list)
+
+    def end(self) -> None:
+        """Ends the process."""
+        kill(self.line.by_ray())
 
 
 class RayBackend:
@@ -243,9 +263,15 @@ class RayBackend:
         order = packed(_Order(lease, cuts, done, [part if isinstance(part, Shared) else None for part in weights]))
         stored = [part for part in weights if not isinstance(part, Shared)]
         far = sum(not is_near for _, _, is_near in cuts)
+        if not far and not stored and handle.node == self._here and len(order) <= channel.MOST:
+            over = handle.line.by_channel()
+            if over is not None:
+                over.ask(order)
+                return over.call, cuts, []
+        compute: Any = handle.line.by_ray().compute
         if not far:
-            return handle.actor.compute.remote(order, *stored), cuts, []
-        answers: list[ObjectRef] = handle.actor.compute.options(num_returns=1 + far).remote(order, *stored)
+            return compute.remote(order, *stored), cuts, []
+        answers: list[ObjectRef] = compute.options(num_returns=1 + far).remote(order, *stored)
         return answers[0], cuts, answers[1:]
 
     def _near(self, handle: Handle) -> list[bool]:
@@ -255,7 +281,7 @@ class RayBackend:
             offers = self.server.offers(handle.node)
             handle.reached, handle.near, handle.reaching = self.server, [False] * len(offers), None
             if any(offers):
-                handle.reaching, wait_s = handle.actor.reach.remote(offers), _REACH_S
+                handle.reaching, wait_s = handle.line.by_ray().reach.remote(offers), _REACH_S
         if handle.reaching is not None and ray.wait([handle.reaching], timeout=wait_s)[0]:
             # If it is gone, the lease will say so.
             with contextlib.suppress(RayError):
@@ -281,6 +307,9 @@ class RayBackend:
         if not waiting:
             time.sleep(min(timeout, 0.1))
             return {}
+        channels = {over.call: over for over in self._channels()}
+        if channels:
+            return self._told(channels, [ref for ref in waiting if ref not in channels], timeout)
         first: list[ObjectRef] = []
         if self._server is not None and self._server.holds_back:
             if len(waiting) >= _COMPANY:
@@ -293,11 +322,36 @@ class RayBackend:
         if not first:
             return {}
         ready, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0)
-        arrived = list(dict.fromkeys(first + ready))
-        try:
-            return dict(zip(arrived, ray.get(arrived), strict=True))
-        except RayError:
-            return dict.fromkeys(arrived)
+        return _answers_to(list(dict.fromkeys(first + ready)))
+
+    def _channels(self) -> list[Channel]:
+        """Those on which an answer is awaited."""
+        return [h.line.channel for h in self._handles.values() if h.line.channel and h.answers]
+
+    def _told(
+        self, channels: dict[ObjectRef, Channel], others: list[ObjectRef], timeout: float
+    ) -> dict[ObjectRef, Any]:
+        """See :meth:`_arrived`, for answers of which some come through ``channels``, by their calls."""
+        if self._server is not None and self._server.holds_back:
+            self._server.send_batch()
+        starting = {h.starting for h in self._handles.values()}
+        look_s = _LOOKS_S if any(ref not in starting for ref in others) else _SELDOM_LOOKS_S if others else timeout
+        until = time.monotonic() + timeout
+        while True:
+            left = max(0.0, until - time.monotonic())
+            arrived: dict[ObjectRef, Any] = {}
+            for over in channel.ready(channels.values(), min(left, look_s)):
+                try:
+                    answer = over.answer()
+                except EOFError:
+                    arrived[over.call] = None
+                else:
+                    arrived |= {} if answer is None else {over.call: answer}
+            if others:
+                arrived |= _answers_to(ray.wait(others, num_returns=len(others), timeout=0)[0])
+            if arrived or not left:
+                # A process that was forked may hold a pipe open: its actor's end is then seen here.
+                return arrived or {call: None for call, over in channels.items() if over.has_ended()}
 
     def accept(self, lease: Lease, version: int, count: int, slot: int | None = None, weight: float = 1.0) -> None:
         handle, parts = self._answered.pop(lease.number)
@@ -328,7 +382,6 @@ class RayBackend:
         version: int,
         tasks: float,
         slots: Sequence[int] | None = None,
-        meanwhile: Meanwhile = nothing,
     ) -> dict[str, float]:
         read = {lease.round.version for h in self._handles.values() for lease, *_ in h.answers.values()}
         # In updates that do not wait, gradients are on their way at any time.
@@ -336,9 +389,7 @@ class RayBackend:
         # Workers hear of it with their next lease, which begins when it has the weights that are made of these.
         self._free(self._accepted_parts)
         self._accepted_parts.clear()
-        processors = (os.cpu_count() or 1) * len({h.node for h in self._handles.values()})
-        alone = moves or crowded(len(self._handles), processors)
-        result = self.server.commit(version, tasks, slots, read, nothing if alone else meanwhile)
+        result = self.server.commit(version, tasks, slots, read)
         if moves:
             self._move_server()
         return result
@@ -397,7 +448,7 @@ class RayBackend:
 
     def close(self) -> None:
         for handle in self._handles.values():
-            kill(handle.actor)
+            handle.end()
         self._handles.clear()
         if self._server is not None:
             self._server.close()
@@ -417,7 +468,7 @@ class RayBackend:
         }
         device = "cuda" if self._gpus else "cpu"
         actor = self._kind.options(**options).remote(self._experiment_ref, device, self._make_worker, self._transport)
-        self._handles[self._next_worker] = Handle(actor, actor.ready.remote())
+        self._handles[self._next_worker] = Handle(Line(actor), actor.ready.remote())
         self._next_worker += 1
 
     def _heard(self, number: int, handle: Handle, ref: ObjectRef, value: Any) -> list[Event]:
@@ -428,6 +479,7 @@ class RayBackend:
             if not isinstance(cause, RayError):
                 raise cause from e
             lease, *_ = handle.answers.pop(ref, (None,))
+            handle.line.by_ray()
             if lease is not None and lease.number in self._unwanted:
                 return []
             # What workers are handed that can be lost is weights alone.
@@ -495,7 +547,7 @@ class RayBackend:
 
     def _end(self, number: int) -> None:
         handle = self._handles.pop(number)
-        kill(handle.actor)
+        handle.end()
         if self._server is not None and handle.pid:
             self._server.forget(handle.pid)
 

@@ -18,10 +18,10 @@ from metadist.errors import ServerLostError, first_line
 from metadist.experiment import Experiment
 from metadist.outer.partition import joined_snapshot
 from metadist.rounds import Lease
-from metadist.runtime.backend import Died, Event, Meanwhile, nothing
+from metadist.runtime.backend import Died, Event
 from metadist.runtime.messages import packed
 from metadist.runtime.ray import Handle, RayBackend, WorkerProcess
-from metadist.runtime.ray_server import cause_of, kill
+from metadist.runtime.ray_server import cause_of
 
 
 @ray.remote
@@ -81,7 +81,7 @@ class AllReduceBackend(RayBackend):
         self._experiment_ref, self._outer = ray.put(self._experiment), outer
         self._begin(self._workers)
         ranks = [self._handles[n] for n in self.workers()]
-        actors = [handle.actor for handle in ranks]
+        actors = [handle.line.by_ray() for handle in ranks]
         place = self._got([actors[0].meeting_place.remote()])[0]
         shared, ordered = ray.put(snapshot), self._runtime.topology == "allreduce"
         self._got([
@@ -99,7 +99,7 @@ class AllReduceBackend(RayBackend):
     def drop(self, lease: Lease) -> None:
         if lease.number in self._answered:
             handle, _ = self._answered.pop(lease.number)
-            handle.actor.drop.remote(lease.number)
+            handle.line.by_ray().drop.remote(lease.number)
 
     def settle(self) -> list[Lease]:
         return []  # gradients go with the update
@@ -109,15 +109,14 @@ class AllReduceBackend(RayBackend):
         version: int,
         tasks: float,
         slots: Sequence[int] | None = None,
-        meanwhile: Meanwhile = nothing,
     ) -> dict[str, float]:
         update = Update(version, self._count, tasks, slots, self._accepted)
         self._accepted = [[] for _ in self._ranks]
-        told = self._got([handle.actor.update.remote(update) for handle in self._ranks])
+        told = self._got([handle.line.by_ray().update.remote(update) for handle in self._ranks])
         return next(stats for stats in told if stats)
 
     def snapshot(self) -> dict[str, Any]:
-        parts = self._got([handle.actor.snapshot.remote() for handle in self._ranks])
+        parts = self._got([handle.line.by_ray().snapshot.remote() for handle in self._ranks])
         if self._runtime.topology != "allreduce":
             return dict(parts[0])  # all have the whole of it
         return joined_snapshot([part for part in parts if part is not None])
@@ -126,7 +125,7 @@ class AllReduceBackend(RayBackend):
         self._note("server", error.problem)
         # The group is broken for all of its members, and each holds a part of the server.
         for handle in self._handles.values():
-            kill(handle.actor)
+            handle.end()
         self._handles.clear()
         self._answered.clear()
         self._ranks = []
@@ -138,7 +137,7 @@ class AllReduceBackend(RayBackend):
         return told
 
     def _ask(self, handle: Handle, lease: Lease) -> tuple[ObjectRef, list[Any], list[ObjectRef]]:
-        return handle.actor.compute.remote(lease), [], []
+        return handle.line.by_ray().compute.remote(lease), [], []
 
     def _leave(self) -> list[Event]:
         return []

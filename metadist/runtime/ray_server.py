@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
+import time
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -25,7 +27,8 @@ from metadist.outer.partition import cut, joined_snapshot, part_of_options, part
 from metadist.outer.update import norm_of
 from metadist.outer.wire import widened
 from metadist.rounds import Lease, sums_of
-from metadist.runtime.backend import Meanwhile, nothing
+from metadist.runtime import channel
+from metadist.runtime.channel import Line
 from metadist.runtime.messages import packed, unpacked
 from metadist.runtime.shared import Area, Reader, Shared, Writer, can_share
 from metadist.runtime.transport import Transport
@@ -34,6 +37,8 @@ from metadist.server import ParameterServer
 _START_TIMEOUT_S = 60.0
 _MOST_AT_ONCE = 16
 """Small gradients in one message."""
+_LARGE, _MOST_THREADS = 1 << 24, 8
+"""Bytes of weights from which a shard uses more threads than a worker, and how many: then memory is no faster."""
 _MOST_WITHIN = 8_000_000
 """Bytes that all answers of one call may take within its message; Ray's own limit is 10 MB."""
 
@@ -42,14 +47,28 @@ _Given = tuple[int, int | None, float, Shared]
 """A gradient in memory of the node: microbatches of the update, its place in the sum and its weight, where it lies."""
 
 
+class _Squares(NamedTuple):
+    """What a shard of several is asked before an update.
+
+    Args:
+        given: gradients that have not been sent.
+        version, tasks, slots: as of :meth:`metadist.server.ParameterServer.squares`.
+    """
+
+    given: list[_Given]
+    version: int
+    tasks: float
+    slots: Sequence[int] | None
+
+
 class _Commit(NamedTuple):
     """What a shard is asked to make an update of.
 
     Args:
         given: gradients that have not been sent.
         version, tasks, norm, slots: as of :meth:`metadist.server.ParameterServer.commit`.
-        page: where processes of the shard's node are to find the weights; None: in a new place.
-        near: whether they are to.
+        page: where processes of the shard's node are to find the weights, which may be where they are; None: in a new
+            place. Nobody reads what is there.
         far: whether the weights are to be returned, for all others.
     """
 
@@ -59,7 +78,6 @@ class _Commit(NamedTuple):
     norm: float | None
     slots: Sequence[int] | None
     page: Shared | None
-    near: bool
     far: bool
 
 
@@ -69,11 +87,13 @@ class _Shard:
         # Views: what an actor returns is in the object store before its next call begins.
         self._server, self._transport = ParameterServer.at(snapshot, options, threads, views=True), transport
         self._reader, self._writer = Reader(), Writer()
+        self._page: Shared | None = None
 
     def ready(self) -> tuple[str, Shared | None]:
         """The node it is on, and where the weights lie for processes of this node."""
         self._transport.check()
-        return str(ray.get_runtime_context().get_node_id()), self._show(self._server.weights(), None)
+        self._move_into(None)
+        return str(ray.get_runtime_context().get_node_id()), self._page
 
     def weights(self) -> np.ndarray:
         return self._server.weights()
@@ -88,9 +108,19 @@ class _Shard:
         given = (placed(self._blocks(part), slot, weight) for part in parts)
         return sum(self._server.add(version, count, blocks) for blocks in given)
 
-    def squares(self, given: list[_Given], version: int, tasks: float, slots: Sequence[int] | None) -> list[float]:
-        self._take(given, version)
-        return self._server.squares(version, tasks, slots)
+    def attend(self, place: channel.Place) -> bool:
+        """Answers :meth:`squares` and :meth:`commit` over a channel."""
+        return channel.attend(place, self._answer)
+
+    def _answer(self, message: bytes) -> bytes:
+        order = unpacked(message)
+        return self.squares(message) if isinstance(order, _Squares) else self.commit(message)
+
+    def squares(self, message: bytes) -> bytes:
+        """The sums of squares of the gradient's chunks; the message is a :class:`_Squares`."""
+        order: _Squares = unpacked(message)
+        self._take(order.given, order.version)
+        return packed(self._server.squares(order.version, order.tasks, order.slots))
 
     def commit(self, message: bytes) -> Any:
         """The statistics and where the new weights lie for processes of this node; the weights, if others want them.
@@ -100,8 +130,9 @@ class _Shard:
         """
         order: _Commit = unpacked(message)
         self._take(order.given, order.version)
+        self._move_into(order.page)
         weights, stats = self._server.commit(order.version, order.tasks, order.norm, order.slots)
-        told = packed((stats, self._show(weights, order.page) if order.near else None))
+        told = packed((stats, self._page))
         return (told, weights) if order.far else told
 
     def _take(self, given: list[_Given], version: int) -> None:
@@ -114,16 +145,21 @@ class _Shard:
     def forget(self, pid: int) -> None:
         self._reader.forget([pid])
 
-    def _show(self, weights: np.ndarray, page: Shared | None) -> Shared | None:
-        """Puts the present version's weights where processes of this node find them: in a page, or a new one."""
+    def _move_into(self, page: Shared | None) -> None:
+        """Sees to it that the weights lie in a page which may be written to, where processes of the node find them.
+
+        Args:
+            page: which; None: a new one.
+        """
         if not (self._transport.shares_memory and can_share()):
-            return None
-        version = self._server.version
+            return
         if page is None:
-            return self._writer.write([{None: weights}], version)[0]
-        page = page._replace(stamp=version)
-        self._writer.write_again(page, {None: weights})
-        return page
+            self._page = self._writer.write([{None: self._server.weights()}])[0]
+        elif self._page is None or page.area != self._page.area:
+            self._page = page
+        else:
+            return
+        self._server.move_into(self._writer.memory(self._page)[None])
 
     def _blocks(self, part: Any) -> dict[Block, np.ndarray]:
         if isinstance(part, Shared):
@@ -230,26 +266,28 @@ class RayServer:
         self._small = within // largest if transport.within_messages and largest * len(self.cuts) < _MOST_WITHIN else 0
         self._opened: set[Area] = set()
         self._waiting = _Waiting(-1, [[] for _ in self.cuts])
-        self._asked_near = self._asked_far = False
+        self._asked_far = False
         self._node_sums: dict[str, _Gathering] = {}
         # Shards compute nothing to speak of but move much: each on another node, as far as there are nodes. Where nodes
         # come and go they stay on the driver's, without which the run would end anyway.
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self._here = ray.get_runtime_context().get_node_id()
+        here = NodeAffinitySchedulingStrategy(self._here, soft=False)
         spread = len(self.cuts) > 1 and not isinstance(runtime.workers, WorkersRange)
         where = {**self._placing, "scheduling_strategy": "SPREAD" if spread else here}
-        self._shards: list[ActorHandle] = []
+        self._lines: list[Line] = []
         for a, z in self.cuts:
             part, options = part_of_snapshot(snapshot, a, z), part_of_options(outer, a, z)
             made = _Shard.options(**where).remote(  # type: ignore[attr-defined]
-                part, options, runtime.threads_per_worker, transport
+                part, options, _threads(runtime, part["weights"].nbytes), transport
             )
-            self._shards.append(made)
-        self._ready: list[ObjectRef] = [shard.ready.remote() for shard in self._shards]
+            self._lines.append(Line(made))
+        self._ready: list[ObjectRef] = [shard.ready.remote() for shard in self._shards()]
         self._homes: list[str] = []
-        self._shown: list[Shared | None] = [None] * len(self._shards)
-        # Where weights lie that were shown, the last of each place.
-        self._pages: list[list[Shared]] = [[] for _ in self._shards]
-        self._stored: list[ObjectRef | None] = [None] * len(self._shards)
+        self._shown: list[Shared | None] = [None] * len(self.cuts)
+        # Where weights lie that were shown, and of which version.
+        self._pages: list[list[tuple[Shared, int]]] = [[] for _ in self.cuts]
+        self._first_version: int = snapshot["version"]
+        self._stored: list[ObjectRef | None] = [None] * len(self.cuts)
 
     def wait(self) -> None:
         """Waits until it has started, which may take longer than any later answer.
@@ -259,14 +297,13 @@ class RayServer:
         """
         ready = self._got(self._ready, max(_START_TIMEOUT_S, self._timeout_s))
         self._homes, self._shown = [node for node, _ in ready], [shown for _, shown in ready]
-        self._note_pages()
+        self._note_pages(self._first_version)
 
     def offers(self, node: str) -> list[Shared | None]:
         """Of each shard what a process of ``node`` may try to open, if it is on that node."""
-        # Without the stamp: by the time it tries, another version may lie there.
         return [
-            shown._replace(stamp=None) if shown is not None and home == node else None
-            for home, shown in zip(self._homes or [""] * len(self._shards), self._shown, strict=True)
+            shown if home == node else None
+            for home, shown in zip(self._homes or [""] * len(self.cuts), self._shown, strict=True)
         ]
 
     def weights(self, near: Sequence[bool]) -> list[Part]:
@@ -276,22 +313,21 @@ class RayServer:
             near: whether who asks can open the shard's memory.
         """
         found: list[Part] = []
-        for i, shard in enumerate(self._shards):
+        for i, line in enumerate(self._lines):
             shown, stored = self._shown[i], self._stored[i]
             if near[i] and shown is not None:
                 found.append(shown)
                 continue
             self._asked_far = True
-            self._stored[i] = stored = shard.weights.remote() if stored is None else stored
+            self._stored[i] = stored = line.by_ray().weights.remote() if stored is None else stored
             found.append(stored)
-        self._asked_near |= any(near)
         return found
 
     def forget(self, pid: int) -> None:
         """Closes what was opened of a process that has ended, once what waits has come."""
         self._send_waiting()
         self._opened = {area for area in self._opened if area.pid != pid}
-        for shard in self._shards:
+        for shard in self._shards():
             shard.forget.remote(pid)
 
     def add(
@@ -335,7 +371,7 @@ class RayServer:
     def _add(
         self, version: int, count: int, slot: int | None, weight: float, given: list[Sequence[Part]]
     ) -> list[ObjectRef]:
-        columns = zip(self._shards, zip(*given, strict=True), strict=True)
+        columns = zip(self._shards(), zip(*given, strict=True), strict=True)
         return [shard.add.remote(version, count, slot, weight, *column) for shard, column in columns]
 
     def add_on_node(self, node: str, lease: Lease, version: int, count: int, parts: Sequence[Part]) -> None:
@@ -356,8 +392,8 @@ class RayServer:
         if not gathering.leases:
             return
         leases, gathering.leases = gathering.leases, []
-        given: Any = gathering.actor.give.options(num_returns=len(self._shards)).remote(gathering.version)
-        parts = list(given) if len(self._shards) > 1 else [given]
+        given: Any = gathering.actor.give.options(num_returns=len(self.cuts)).remote(gathering.version)
+        parts = list(given) if len(self.cuts) > 1 else [given]
         # Whatever their size: they are on their way from a node that may be gone.
         self._sent.append(_Sent(self._add(gathering.version, gathering.count, None, 1.0, [parts]), leases))
 
@@ -376,7 +412,7 @@ class RayServer:
             lost |= {lease.number: lease for lease in message.leases}
             if message.slot is not None:
                 # Some shards may have it, and another gradient will take its place.
-                self._got([s.retract.remote(message.slot) for s in self._shards])
+                self._got([s.retract.remote(message.slot) for s in self._shards()])
         if lost:
             self._node_sums.clear()
         return [lost[number] for number in sorted(lost)]
@@ -387,42 +423,90 @@ class RayServer:
         tasks: float,
         slots: Sequence[int] | None = None,
         read: Collection[int] = (),
-        meanwhile: Meanwhile = nothing,
     ) -> dict[str, float]:
         """See :meth:`metadist.runtime.backend.Backend.commit`.
 
         Args:
-            version, tasks, slots, meanwhile: as there.
+            version, tasks, slots: as there.
             read: versions whose weights somebody who was asked for something may still read.
         """
         sure, self._sure = self._sure, []
         norm, given = None, self._given(version)
-        if len(self._shards) > 1:
-            squares = [s.squares.remote(g, version, tasks, slots) for s, g in zip(self._shards, given, strict=True)]
-            norm, given = norm_of(itertools.chain(*self._got(squares))), [[] for _ in self._shards]
-        near, far = self._asked_near, self._asked_far
-        pages = [next((p for p in pages if p.stamp not in read), None) if near else None for pages in self._pages]
-        made: list[Any] = [
-            s.commit.options(num_returns=1 + far).remote(
-                packed(_Commit(g, version, tasks, norm, slots, page, near, far))
-            )
-            for s, g, page in zip(self._shards, given, pages, strict=True)
+        if len(self.cuts) > 1:
+            orders = [packed(_Squares(g, version, tasks, slots)) for g in given]
+            asked = [self._ask(line, "squares", order)[0] for line, order in zip(self._lines, orders, strict=True)]
+            squares = map(unpacked, self._told(asked))
+            norm, given = norm_of(itertools.chain(*squares)), [[] for _ in self.cuts]
+        far = self._asked_far
+        # The last of them, in which the weights lie, if nobody reads it.
+        pages = [next((p for p, of in reversed(pages) if of not in read), None) for pages in self._pages]
+        commits = [
+            packed(_Commit(g, version, tasks, norm, slots, page, far))
+            for g, page in zip(given, pages, strict=True)
         ]
-        made = [m if far else (m, None) for m in made]
+        made = [self._ask(line, "commit", order, far) for line, order in zip(self._lines, commits, strict=True)]
         self._stored = [stored for _, stored in made]
-        self._shown = [page and page._replace(stamp=version + 1) for page in pages]
-        self._asked_near = self._asked_far = False
-        meanwhile()
-        told = [unpacked(message) for message in self._got(sure + [ref for ref, _ in made])[len(sure) :]]
+        self._asked_far = False
+        told = [unpacked(message) for message in self._told([asked for asked, _ in made], sure)]
         self._shown = [shown for _, shown in told]
-        self._note_pages()
+        self._note_pages(version + 1)
+        for line in self._lines:
+            line.called = False
         stats: dict[str, float] = told[-1][0]
         return stats
 
-    def _note_pages(self) -> None:
+    def _shards(self) -> list[ActorHandle]:
+        """The actors, to be called by Ray."""
+        return [line.by_ray() for line in self._lines]
+
+    def _ask(
+        self, line: Line, method: str, message: bytes, far: bool = False
+    ) -> tuple[ObjectRef | Line, ObjectRef | None]:
+        """Asks a shard something; what to ask for its answer, and with ``far`` the reference to what it returns beside.
+
+        It is asked over a channel, if it was not called since the last update: it would be again.
+        """
+        on_this_node = bool(self._homes) and self._homes[self._lines.index(line)] == self._here
+        if on_this_node and not far and not line.called and len(message) <= channel.MOST:
+            over = line.by_channel()
+            if over is not None:
+                over.ask(message)
+                return line, None
+        call = getattr(line.by_ray(), method)
+        if not far:
+            return call.remote(message), None
+        told, beside = call.options(num_returns=2).remote(message)
+        return told, beside
+
+    def _told(self, asked: Sequence[ObjectRef | Line], sure: Sequence[ObjectRef] = ()) -> list[bytes]:
+        """The answers to :meth:`_ask`; waits until what is ``sure`` to come has come as well."""
+        refs = [ref for ref in asked if not isinstance(ref, Line)]
+        by_ray = iter(self._got([*sure, *refs])[len(sure) :] if sure or refs else [])
+        return [self._over(line) if isinstance(line, Line) else next(by_ray) for line in asked]
+
+    def _over(self, line: Line) -> bytes:
+        """The answer that comes over a line's channel."""
+        over, until = line.channel, time.monotonic() + self._timeout_s
+        assert over is not None, "it was asked over it"
+        while True:
+            try:
+                answer = over.answer()
+                ended = answer is None and not channel.ready([over], min(1.0, self._timeout_s)) and over.has_ended()
+            except EOFError:
+                answer, ended = None, True
+            if answer is not None:
+                return answer
+            if ended:
+                line.by_ray()
+                self._got([over.call])
+                raise ServerLostError("parameter server", "has stopped answering")
+            if time.monotonic() > until:
+                raise self._silent(self._timeout_s)
+
+    def _note_pages(self, version: int) -> None:
         for pages, shown in zip(self._pages, self._shown, strict=True):
             if shown is not None:
-                pages[:] = [page for page in pages if page.area != shown.area] + [shown]
+                pages[:] = [(page, of) for page, of in pages if page.area != shown.area] + [(shown, version)]
 
     def _given(self, version: int) -> list[list[_Given]]:
         """What waits for the update of ``version``, for each shard; it is let go."""
@@ -431,13 +515,13 @@ class RayServer:
 
     def _send_waiting(self) -> None:
         version = self._waiting.version
-        for shard, given in zip(self._shards, self._given(version), strict=True):
+        for shard, given in zip(self._shards(), self._given(version), strict=True):
             self._sure += [shard.add.remote(version, *one) for one in given]
 
     def snapshot(self) -> dict[str, Any]:
         """Of all shards at one version."""
         # A consistent cut: calls of one caller are in order, and none commits in between.
-        return joined_snapshot(self._got([s.snapshot.remote() for s in self._shards]))
+        return joined_snapshot(self._got([s.snapshot.remote() for s in self._shards()]))
 
     def nodes(self) -> set[str]:
         """Where the shards are."""
@@ -445,7 +529,7 @@ class RayServer:
 
     def close(self) -> None:
         """Ends the actors."""
-        for actor in [*(g.actor for g in self._node_sums.values()), *self._shards]:
+        for actor in [*(g.actor for g in self._node_sums.values()), *self._shards()]:
             kill(actor)
 
     def _all_came(self, messages: Sequence[_Sent]) -> bool:
@@ -468,7 +552,7 @@ class RayServer:
                     raise cause_of(e) from e
                 return True
             except RayError:
-                self._got([s.version.remote() for s in self._shards])
+                self._got([s.version.remote() for s in self._shards()])
                 return True
         return False
 
@@ -485,6 +569,15 @@ class RayServer:
 
     def _silent(self, seconds: float) -> ServerLostError:
         return ServerLostError("parameter server", f"has not answered for {seconds:g} s")
+
+
+def _threads(runtime: RuntimeConfig, size: int) -> int:
+    """CPU threads of a shard with so many bytes of weights: workers of a node that wait for it leave it theirs."""
+    waited_for = not runtime.max_staleness and runtime.quorum == 1.0
+    if size < _LARGE or not waited_for:
+        return runtime.threads_per_worker
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(runtime.threads_per_worker, min(_MOST_THREADS, processors // runtime.server_shards))
 
 
 Part = ObjectRef | Shared

@@ -10,19 +10,17 @@ import contextlib
 import mmap
 import os
 import secrets
-import struct
-import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from ray.exceptions import RayError
 
+from metadist.outer.vectors import copy_into
+
 _HEAD = 4096
-"""Bytes before the first array, so that it begins a page: the area's tag, and a stamp."""
+"""Bytes before the first array, so that it begins a page: the area's tag."""
 _ALIGNED = 64
-_STAMP = struct.Struct("<q")
-_LEAST_WAIT_S, _MOST_WAIT_S, _LOOKS_AFTER_S = 50e-6, 2e-3, 0.05
 
 
 class SharedMemoryLost(RayError):
@@ -38,15 +36,11 @@ class Area(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """Arrays in an area: their dtype, and of each where it begins, in bytes, and how many numbers it has.
-
-    With a ``stamp``, they are there once the area bears it.
-    """
+    """Arrays in an area: their dtype, and of each where it begins, in bytes, and how many numbers it has."""
 
     area: Area
     dtype: str
     places: dict[Any, tuple[int, int]]
-    stamp: int | None = None
 
 
 def can_share() -> bool:
@@ -64,13 +58,8 @@ class Writer:
         self._areas: dict[Area, tuple[int, mmap.mmap]] = {}
         self._free: list[Area] = []
 
-    def write(self, parts: Sequence[Mapping[Any, np.ndarray]], stamp: int | None = None) -> list[Shared]:
-        """Copies named arrays, of one dtype, into an area that is free; where they lie, part by part.
-
-        Args:
-            parts: the arrays.
-            stamp: what the area is to bear then.
-        """
+    def write(self, parts: Sequence[Mapping[Any, np.ndarray]]) -> list[Shared]:
+        """Copies named arrays, of one dtype, into an area that is free; where they lie, part by part."""
         arrays = [array for part in parts for array in part.values()]
         dtype = np.dtype(arrays[0].dtype)
         area, memory = self._room(_HEAD + sum(_padded(array.nbytes) for array in arrays))
@@ -78,20 +67,16 @@ class Writer:
         for part in parts:
             places: dict[Any, tuple[int, int]] = {}
             for name, array in part.items():
-                np.frombuffer(memory, dtype, array.size, at)[:] = array.reshape(-1)
+                copy_into(np.frombuffer(memory, dtype, array.size, at), array.reshape(-1))
                 places[name] = at, array.size
                 at += _padded(array.nbytes)
-            written.append(Shared(area, dtype.str, places, stamp))
-        _put_stamp(area, stamp)
+            written.append(Shared(area, dtype.str, places))
         return written
 
-    def write_again(self, shared: Shared, part: Mapping[Any, np.ndarray]) -> None:
-        """Copies arrays to where others of the same sizes lay, and then stamps the area."""
-        _, memory = self._areas[shared.area]
-        for name, array in part.items():
-            at, count = shared.places[name]
-            np.frombuffer(memory, array.dtype, count, at)[:] = array.reshape(-1)
-        _put_stamp(shared.area, shared.stamp)
+    def memory(self, shared: Shared) -> dict[Any, np.ndarray]:
+        """The arrays themselves, to be changed in place: whoever has opened the area sees what is written there."""
+        (_, memory), dtype = self._areas[shared.area], np.dtype(shared.dtype)
+        return {name: np.frombuffer(memory, dtype, count, at) for name, (at, count) in shared.places.items()}
 
     def let_go(self, areas: Iterable[Area]) -> None:
         """Nobody will read what is in these areas any more."""
@@ -129,16 +114,14 @@ class Reader:
         self._open: dict[Area, tuple[int, mmap.mmap]] = {}
 
     def read(self, shared: Shared) -> dict[Any, np.ndarray]:
-        """The arrays, each flat; they cannot be written to. Waits for their stamp, if they have one.
+        """The arrays, each flat; they cannot be written to.
 
         Raises:
-            SharedMemoryLost: the area is not open, and cannot be opened any more; or who should stamp it has ended.
+            SharedMemoryLost: the area is not open, and cannot be opened any more.
         """
         dtype = np.dtype(shared.dtype)
         size = max((at + count * dtype.itemsize for at, count in shared.places.values()), default=_HEAD)
         memory = self._memory(shared.area, size)
-        if shared.stamp is not None:
-            self._wait_for(shared.area, shared.stamp)
         return {name: np.frombuffer(memory, dtype, count, at) for name, (at, count) in shared.places.items()}
 
     def forget(self, pids: Collection[int]) -> None:
@@ -148,20 +131,6 @@ class Reader:
     def keep(self, pids: Collection[int]) -> None:
         """Closes the areas of all other processes."""
         self._close([area for area in self._open if area.pid not in pids])
-
-    def _wait_for(self, area: Area, stamp: int) -> None:
-        descriptor, _ = self._open[area]
-        started, looked = time.monotonic(), 0.0
-        while _STAMP.unpack(os.pread(descriptor, _STAMP.size, _ALIGNED))[0] != stamp:
-            waited = time.monotonic() - started
-            if waited - looked > _LOOKS_AFTER_S:
-                looked = waited
-                try:
-                    os.stat(_path(area))
-                except OSError as e:
-                    raise SharedMemoryLost(f"process {area.pid} ended before it wrote what was promised: {e}") from e
-            # Many may wait on few processors, and who is waited for needs one of them.
-            time.sleep(max(_LEAST_WAIT_S, min(_MOST_WAIT_S, waited / 4)))
 
     def _close(self, areas: Iterable[Area]) -> None:
         for area in areas:
@@ -187,12 +156,6 @@ class Reader:
             raise SharedMemoryLost(f"the memory of process {area.pid} cannot be opened: {e}") from e
         self._open[area] = descriptor, memory
         return memory
-
-
-def _put_stamp(area: Area, stamp: int | None) -> None:
-    if stamp is not None:
-        # By the system's calls on both sides: no processor lets a stamp be seen before what it stands for.
-        os.pwrite(area.descriptor, _STAMP.pack(stamp), _ALIGNED)
 
 
 def _path(area: Area) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 
 from metadist.errors import ServerLostError
 from metadist.rounds import Lease, Report, sums_of
-from metadist.runtime.backend import WITHIN_MESSAGES, Computed, Died, Event, Joined, Meanwhile, nothing
+from metadist.runtime.backend import WITHIN_MESSAGES, Computed, Died, Event, Joined
 from metadist.simulator.cluster import BYTES_A_NUMBER, Arrangement, Cluster, Work
 from metadist.simulator.events import Events, Link, Process, Shared, Then
 
@@ -79,7 +79,6 @@ class SimulatedBackend:
         self._answered: dict[int, Worker] = {}
         self._count = 0
         self._on_their_way = 0
-        self._made, self._promised = 0, list[Then]()
         for i in range(work.workers):
             self._join(self.nodes[i // (cluster.workers_per_node or work.workers)])
 
@@ -154,11 +153,12 @@ class SimulatedBackend:
         version: int,
         tasks: float,
         slots: Sequence[int] | None = None,
-        meanwhile: Meanwhile = nothing,
     ) -> dict[str, float]:
         self._think(self.costs.step_s)
         size = self.work.model_bytes / len(self.shards)
-        update = size / BYTES_A_NUMBER / self.machine.updates_per_s + 2 * size / self.machine.copy_bytes_per_s
+        update = size / BYTES_A_NUMBER / self.machine.updates_per_s
+        if any(node is not shard.node for node in self.nodes for shard in self.shards):
+            update += size / self.machine.copy_bytes_per_s  # an object for other nodes
         sums = [self._sum_s(shard.held, size) for shard in self.shards]
         if len(self.shards) > 1:
             self._ask_all(sums)
@@ -166,15 +166,8 @@ class SimulatedBackend:
         self.version += 1
         for shard in self.shards:
             shard.held = 0.0
-        self._ask_all([took + update for took in sums], self._is_made, meanwhile)
+        self._ask_all([took + update for took in sums])
         return {}
-
-    def _is_made(self) -> None:
-        """The version that was promised is there."""
-        self._made = self.version
-        waiting, self._promised = self._promised, []
-        for then in waiting:
-            then()
 
     def restore(self, snapshot: dict[str, Any], error: ServerLostError) -> None:
         raise AssertionError("a simulated server is never lost")
@@ -205,27 +198,16 @@ class SimulatedBackend:
         away = node is not self.nodes[0]
         self.events.at(self.events.now + (self.cluster.network.latency_s if away else 0.0), then)
 
-    def _ask_all(self, seconds: Sequence[float], done: Then = nothing, meanwhile: Meanwhile = nothing) -> None:
-        """Asks each shard for something that takes its memory so many seconds, and waits for them all.
-
-        Args:
-            seconds: of each shard.
-            done: called when the last has done it, before its answer is heard.
-            meanwhile: called once they are asked.
-        """
-        made: list[bool] = []
+    def _ask_all(self, seconds: Sequence[float]) -> None:
+        """Asks each shard for something that takes its memory so many seconds, and waits for them all."""
         answers: list[bool] = []
 
         def finished(shard: Shard) -> None:
-            made.append(True)
-            if len(made) == len(seconds):
-                done()
             self._later(shard.node, lambda: answers.append(True))
 
         for shard, memory_s in zip(self.shards, seconds, strict=True):
             cpu_s, shard.unread_s = self.costs.commit_s + shard.unread_s, 0.0
             self._later(shard.node, partial(shard.process.submit, cpu_s, memory_s, partial(finished, shard)))
-        meanwhile()
         self.events.run(lambda: len(answers) == len(seconds))
 
     # ----------------------------------------------------------------- workers
@@ -268,14 +250,7 @@ class SimulatedBackend:
             self._awake(number, worker, lease, version)
             return
         # Weights go to other nodes as objects: the lease is not sent before they are there.
-        awake = partial(self._awake, number, worker, lease, version)
-        self._when_made(version, partial(self._with_weights, worker.node, version, awake))
-
-    def _when_made(self, version: int, then: Then) -> None:
-        if version <= self._made:
-            then()
-        else:
-            self._promised.append(then)
+        self._with_weights(worker.node, version, partial(self._awake, number, worker, lease, version))
 
     def _with_weights(self, node: Node, version: int, then: Then) -> None:
         """Goes on once the weights of ``version`` are on a node, which fetches them once from every shard."""
@@ -301,13 +276,14 @@ class SimulatedBackend:
                     then()
 
     def _awake(self, number: int, worker: Worker, lease: Lease, version: int) -> None:
-        """It reads the weights once they are made, computes, writes what it found, and answers."""
+        """It reads the weights, where they lie or as a copy, computes, writes what it found, and answers."""
         compute = self.work.compute
         seconds = compute.draw(lease.round.version, lease.start, lease.stop, number)
         copy = self.machine.copy_bytes_per_s
         given = sums_of(range(lease.start, lease.stop), lease.round.microbatches)
-        read, write = self.work.model_bytes / copy, given * self._gradient_bytes / copy
         node = worker.node
+        in_place = len(self.shards) == 1 and self.shards[0].node is node
+        read, write = 0.0 if in_place else self.work.model_bytes / copy, given * self._gradient_bytes / copy
         more_s = self.costs.crowd_s * (node.workers - 1) + self.costs.worker_part_s * max(0, len(self.shards) - 1)
         awake_s = (self.costs.worker_s + more_s) / 2
 
@@ -325,7 +301,7 @@ class SimulatedBackend:
                 tasks = sum(len(lease.round.episodes(m)) for m in range(lease.start, lease.stop))
                 self._news.append(Computed(number, Report(lease, {"loss": np.zeros(tasks)}, seconds, 0.0)))
 
-        node.cores.submit(awake_s, lambda: self._when_made(version, lambda: node.memory.submit(read, computes)))
+        node.cores.submit(awake_s, lambda: node.memory.submit(read, computes))
 
     @staticmethod
     def _in_turn(node: Node, cpu_s: float, memory_s: float, then: Then) -> None:
@@ -420,7 +396,6 @@ class SimulatedAllReduce(SimulatedBackend):
         version: int,
         tasks: float,
         slots: Sequence[int] | None = None,
-        meanwhile: Meanwhile = nothing,
     ) -> dict[str, float]:
         self._think(self.costs.part_s * self.work.workers)
         self._everybody(lambda rank: self.costs.commit_s, lambda rank: 0.0)
@@ -431,7 +406,6 @@ class SimulatedAllReduce(SimulatedBackend):
         self._think(self.costs.step_s)
         self._sums = [0] * self.work.workers
         self.version += 1
-        self._is_made()
         return {}
 
     def _with_weights(self, node: Node, version: int, then: Then) -> None:

@@ -6,11 +6,9 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 from metadist.rounds import Round
 from metadist.runtime.asynchronous import AsynchronousController
-from metadist.runtime.backend import crowded, nothing
 from metadist.runtime.controller import Controller
 from metadist.runtime.leases import equal_shares
 from metadist.runtime.pace import Pace
@@ -72,14 +70,8 @@ def simulate(
     ends = [0.0]
     results = []
     for version in range(warm_up + steps):
-        round, following = _round(version, work.count), _round(version + 1, work.count)
-        if controller.begun != round:
-            controller.begin(round)
-        result = controller.finish()
-        alone = bool(arrangement.max_staleness) or version + 1 == warm_up + steps
-        alone = alone or crowded(work.workers, cluster.machine.cores * cluster.nodes(work.workers))
-        begin = nothing if alone else partial(controller.begin, following)
-        backend.commit(version, result.tasks, result.slots, begin)
+        result = controller.run(_round(version, work.count))
+        backend.commit(version, result.tasks, result.slots)
         controller.committed()
         ends.append(backend.clock())
         results.append(result)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
 from metadist.algorithms import BUILT_IN
@@ -60,7 +61,6 @@ def trained(name: str, workers: int, steps: int = 3) -> str:
         server.commit(version, round.tasks)
     for worker in crew:
         worker.close()
-    import torch
 
     return sha256_of(layout.unflatten(torch.from_numpy(server.weights())))
 
@@ -69,6 +69,41 @@ def trained(name: str, workers: int, steps: int = 3) -> str:
 def test_any_number_of_workers_in_any_order_gives_one_answer(name: str) -> None:
     alone = trained(name, 1)
     assert trained(name, 2) == alone == trained(name, 3)
+
+
+@LISTED
+@pytest.mark.parametrize("strategy", ["vectorised", "adjoint", "loop"])
+def test_no_learner_writes_to_the_weights_it_is_given(name: str, strategy: str) -> None:
+    """They may lie in memory that every process of the node reads, where writing would end the process."""
+    made = sections(name)
+    experiment = Experiment(validate({**made, "engine": {**made["engine"], "strategy": strategy}}))
+    worker = MetaWorker(experiment)
+    weights = worker.layout.flatten(worker.learner.initial_meta_params()).numpy()
+    assert min(p.data_ptr() for p in worker._params(0, [weights]).values()) == weights.ctypes.data, "it made a copy"
+    before = weights.tobytes()
+    held = worker.learner.tasks_held_for
+    for kind, tasks in (("train", 5), ("evaluate", 2)):
+        round = Round(kind, 0, "train", kind, 0, tasks, 2, held=held if kind == "train" else 1)  # type: ignore[arg-type]
+        worker.compute(Lease(0, round, 0, round.microbatches), [weights])
+    worker.close()
+    assert weights.tobytes() == before
+
+
+def test_a_users_own_learner_gets_a_copy() -> None:
+    experiment = Experiment(validate(sections("maml")))
+    assert not experiment.has_learner_of_its_own
+    made = sections("maml")
+    config = validate({**made, "model": {"type": "custom", "import_path": "torch.nn:Identity"}})
+    assert Experiment(config, code=True).has_learner_of_its_own
+    worker = MetaWorker(experiment)
+    worker._reads_in_place = False
+    weights = worker.layout.flatten(worker.learner.initial_meta_params()).numpy()
+    given = worker._params(0, [weights])
+    assert all(torch.equal(given[k], v) for k, v in worker.learner.initial_meta_params().items())
+    before = weights.tobytes()
+    next(iter(given.values())).add_(1.0)
+    assert weights.tobytes() == before
+    worker.close()
 
 
 def run(words: list[str], run_dir: Path) -> dict[str, Any]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from metadist.config.schema import OuterConfig
-from metadist.outer.update import MetaUpdate, chunk_starts, learning_rate, mean_and_squares, norm_of
+from metadist.outer.update import MetaUpdate, chunk_starts, learning_rate, norm_of
+from metadist.outer.vectors import Addends
 
 TASKS = 4
 
@@ -24,7 +26,9 @@ def gradients(n: int = 6, size: int = 50) -> list[torch.Tensor]:
 
 
 def global_norm(*tensors: torch.Tensor) -> float:
-    return norm_of(mean_and_squares(torch.cat(tensors), 1.0, chunk_starts([len(t) for t in tensors])))
+    whole = torch.cat(tensors).numpy()
+    bounds = np.array([*chunk_starts([len(t) for t in tensors]), len(whole)])
+    return norm_of(Addends([0], [whole]).mean_and_squares(1.0, bounds)[1])
 
 
 def start(size: int = 50) -> torch.Tensor:

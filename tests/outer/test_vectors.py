@@ -72,20 +72,79 @@ def test_how_much_may_wait_changes_no_bit(count: int, hold: int, random) -> None
 
 @given(
     st.lists(st.integers(0, 70), min_size=1, max_size=5),
+    st.integers(1, 9),
     st.sampled_from([np.float32, np.float64]),
     st.sampled_from([1.0, 3.0, 16.0, 0.1]),
 )
 def test_means_and_squares_have_one_meaning_with_and_without_a_compiler(
-    sizes: list[int], dtype: type, tasks: float
+    sizes: list[int], count: int, dtype: type, tasks: float
 ) -> None:
-    (vector,) = vectors(1, sum(sizes), dtype)
-    bounds = np.cumsum([0, *sizes])
-    compiled, plain = vector.copy(), vector.copy()
-    squares = passes.mean_and_squares(compiled, tasks, bounds)
-    assert squares == [passes._mean_plainly(plain[a:z], tasks) for a, z in pairwise(bounds)]
-    assert compiled.tobytes() == plain.tobytes() == (vector / dtype(tasks)).tobytes()
+    tree = TreeSum(count)
+    for m, value in enumerate(vectors(count, sum(sizes), dtype)):
+        tree.add(Block(0, m), value)
+    addends, bounds = tree.addends(), np.cumsum([0, *sizes])
+    before = [v.copy() for v in addends.values]
+    with pytest.MonkeyPatch.context() as patch:
+        mean, squares = addends.mean_and_squares(tasks, bounds)
+        patch.setattr(passes, "_shared_out", lambda work, chunks, threads: genuine(work, chunks, 3))
+        threads = addends.mean_and_squares(tasks, bounds)
+        patch.setattr(passes, "function", lambda *what: None)
+        plain = addends.mean_and_squares(tasks, bounds)
+        wanted = (addends.sum() / dtype(tasks)).astype(dtype)
+    assert mean.tobytes() == plain[0].tobytes() == threads[0].tobytes() == wanted.tobytes()
+    assert squares.tobytes() == plain[1].tobytes() == threads[1].tobytes()
     for square, a, z in zip(squares, bounds, bounds[1:], strict=False):
-        assert square == pytest.approx(float(np.sum(np.square(compiled[a:z].astype(np.float64)))), rel=1e-12)
+        assert square == pytest.approx(float(np.sum(np.square(mean[a:z].astype(np.float64)))), rel=1e-12)
+    assert all(np.array_equal(a, b) for a, b in zip(before, addends.values, strict=True)), "what is read was changed"
+
+
+genuine = passes._shared_out
+
+
+def test_chunks_longer_than_a_block_have_one_meaning_in_any_number_of_threads() -> None:
+    size = 3 * 32768 + 17
+    tree = TreeSum(5)
+    for m, value in enumerate(vectors(5, size, np.float32)):
+        tree.add(Block(0, m), value)
+    bounds = np.array([0, 1, 40_000, size])
+    mean, squares = tree.addends().mean_and_squares(7.0, bounds)
+    assert mean.tobytes() == (tree.total() / np.float32(7)).tobytes()
+    plain = [passes._mean_plainly(tree.total()[a:z].copy(), 7.0) for a, z in pairwise(bounds)]
+    assert squares.tolist() == plain
+
+
+@pytest.mark.parametrize("extra", [0, 1, 63, 1000])
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
+def test_long_vectors_are_copied_whole_wherever_they_lie(dtype: type, shift: int, extra: int) -> None:
+    size = passes._PAST_CACHE // np.dtype(dtype).itemsize + extra
+    values = np.random.default_rng(size).integers(0, 60_000, size + shift).astype(dtype)[shift:]
+    around = np.zeros(size + 200, dtype)
+    begin = -around.ctypes.data % passes._LINE // around.itemsize + shift
+    passes.copy_into(around[begin : begin + size], values)
+    assert np.array_equal(around[begin : begin + size], values)
+    assert not around[:begin].any() and not around[begin + size :].any()
+
+
+def test_long_means_have_the_bits_of_short_ones() -> None:
+    size = 4_200_017  # past the cache
+    tree = TreeSum(3)
+    for m, value in enumerate(vectors(3, size, np.float32)):
+        tree.add(Block(0, m), value)
+    bounds = np.array([0, 1, 70_000, 3_000_003, size])
+    mean, squares = tree.addends().mean_and_squares(3.0, bounds)
+    assert mean.tobytes() == (tree.total() / np.float32(3)).tobytes()
+    plain = [passes._mean_plainly(tree.total()[a:z].copy(), 3.0) for a, z in pairwise(bounds)]
+    assert squares.tolist() == plain
+
+
+def test_an_error_in_any_thread_is_raised() -> None:
+    def work(first: int, last: int) -> None:
+        if first:
+            raise ValueError("part")
+
+    with pytest.raises(ValueError, match="part"):
+        passes._shared_out(work, 10, 3)
 
 
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
@@ -93,4 +152,5 @@ def test_a_square_of_what_is_not_finite_is_not_finite(bad: float) -> None:
     vector = np.ones(40, np.float32)
     vector[17] = bad
     assert not np.isfinite(passes._mean_plainly(vector.copy(), 2.0))
-    assert [bool(np.isfinite(s)) for s in passes.mean_and_squares(vector, 2.0, np.array([0, 17, 18, 40]))] == [1, 0, 1]
+    _, squares = passes.Addends([0], [vector]).mean_and_squares(2.0, np.array([0, 17, 18, 40]))
+    assert np.isfinite(squares).tolist() == [True, False, True]

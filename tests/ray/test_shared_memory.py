@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -12,11 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from metadist.errors import ServerLostError
 from metadist.outer.gradient import Block
 from metadist.rounds import Lease, Report, Round
 from metadist.runtime.ray import Handle, RayBackend
-from metadist.runtime.ray_server import kill
 from metadist.runtime.shared import Shared, can_share
 from tests.ray.several_nodes import MICROBATCHES, settings
 from tests.ray.test_small_gradients import Counted, OneEach, answers, plainly
@@ -180,51 +177,5 @@ def test_a_worker_that_is_late_to_say_that_it_shares_memory_shares_it_then(backe
     assert not isinstance(parts_of(run, lease)[0], Shared)
     run.drop(lease)
     assert run._near(late) == [True]
-    update(run, 2, 300)
-    assert run.snapshot()["weights"].tobytes() == plainly(3)
-
-
-def test_leases_given_out_while_an_update_is_made_begin_with_it(backend: Callable[..., RayBackend]) -> None:
-    run = backend(TellsWeights)
-    update(run, 0, 0)
-    given = Lease(50, Round("train", 2, "train", "train", 2 * MICROBATCHES, MICROBATCHES, 1), 0, 1)
-
-    def meanwhile() -> None:
-        run.lease(run.idle()[0], given)
-        threading.Timer(0.7, os.kill, [server, signal.SIGCONT]).start()
-
-    for lease in answers(run, 1, range(MICROBATCHES), 100):
-        run.accept(lease, 1, MICROBATCHES)
-    assert run.settle() == []
-    (part,) = run.server.weights([True])
-    assert isinstance(part, Shared)
-    server = part.area.pid
-    os.kill(server, signal.SIGSTOP)  # whoever would not wait for it would read what was there before
-    run.commit(1, MICROBATCHES, meanwhile=meanwhile)
-    found: list[Any] = []
-    while not found:
-        found = [event for event in run.wait(1.0) if getattr(event, "report", None)]
-    assert found[0].report.metrics["weight"] == [float(run.snapshot()["weights"][0])]
-    run.drop(given)
-    update(run, 2, 200)
-    assert run.snapshot()["weights"].tobytes() == plainly(3)
-
-
-@pytest.mark.slow
-def test_a_server_that_dies_before_it_keeps_its_promise_is_lost(backend: Callable[..., RayBackend]) -> None:
-    run = backend()
-    update(run, 0, 0)
-    snapshot = run.snapshot()
-    for lease in answers(run, 1, range(MICROBATCHES), 100):
-        run.accept(lease, 1, MICROBATCHES)
-    given = Lease(150, Round("train", 2, "train", "train", 2 * MICROBATCHES, MICROBATCHES, 1), 0, 1)
-    kill(run.server._shards[0])
-    with pytest.raises(ServerLostError) as lost:
-        run.commit(1, MICROBATCHES, meanwhile=lambda: run.lease(run.idle()[0], given))
-    run.restore(snapshot, lost.value)
-    while len(run.idle()) < 2:  # whoever waited for weights that never come is told so
-        run.wait(1.0)
-    assert len(run.workers()) == 2 and run.restarts() == {"worker": 0, "server": 1}
-    update(run, 1, 200)
     update(run, 2, 300)
     assert run.snapshot()["weights"].tobytes() == plainly(3)

@@ -112,7 +112,7 @@ def test_a_server_that_dies_meanwhile_is_lost(backend: Callable[..., RayBackend]
     run = backend()
     for lease in answers(run, 0, range(MICROBATCHES)):
         run.accept(lease, 0, MICROBATCHES)
-    kill(run.server._shards[0])
+    kill(run.server._lines[0].by_ray())
     assert run.settle() == []
     with pytest.raises(ServerLostError):
         run.commit(0, MICROBATCHES)

@@ -6,8 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -114,22 +112,11 @@ def test_another_file_in_its_place_is_not_taken_for_it() -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_what_is_promised_is_waited_for() -> None:
+def test_what_is_written_in_place_is_seen_by_who_has_it_open() -> None:
     writer, reader = Writer(), Reader()
-    (page,) = writer.write([{0: np.zeros(1000)}])
-    writer.write_again(page._replace(stamp=3), {0: np.full(1000, 3.0)})
-    assert reader.read(page._replace(stamp=3))[0].tolist() == [3.0] * 1000
-    later = threading.Timer(0.2, lambda: writer.write_again(page._replace(stamp=4), {0: np.full(1000, 4.0)}))
-    later.start()
-    start = time.monotonic()
-    assert reader.read(page._replace(stamp=4))[0].tolist() == [4.0] * 1000
-    assert time.monotonic() - start >= 0.15
-
-
-def test_what_is_promised_by_who_has_ended_is_lost(another: tuple[subprocess.Popen[bytes], Shared]) -> None:
-    process, shared = another
-    reader = Reader()
-    reader.read(shared)
-    threading.Timer(0.1, end, [process]).start()
-    with pytest.raises(SharedMemoryLost, match="promised"):
-        reader.read(shared._replace(stamp=1))
+    (page,) = writer.write([{0: np.zeros(1000), "b": np.ones(3)}])
+    seen = reader.read(page)
+    writer.memory(page)[0][:] = 3.0
+    assert seen[0].tolist() == [3.0] * 1000 and seen["b"].tolist() == [1.0] * 3
+    with pytest.raises(ValueError, match="read-only"):
+        seen[0][:] = 4.0

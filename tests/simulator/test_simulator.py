@@ -92,11 +92,10 @@ def test_the_driver_does_one_thing_after_another() -> None:
     assert step(Work(8, 1e6, Compute(0.2)), costs) == pytest.approx(0.01 + 0.2 + 8 * 0.02 + 0.005)
 
 
-def test_workers_wake_up_while_the_update_is_made() -> None:
+def test_where_a_gradient_lies_the_server_hears_with_the_update() -> None:
     costs = Cluster(Machine(cores=2), costs=Costs(worker_s=0.2, commit_s=0.1, add_s=0.03))
     found = simulate(Work(1, 1e6, Compute(1.0)), SERVER, costs, 4, 1)
-    # Half of its 0.2 goes by before the weights are there; where the gradient lies the server hears with the update.
-    assert found.steps_s == pytest.approx([1.0 + 0.1 + 0.1 + 0.03] * 4)
+    assert found.steps_s == pytest.approx([1.0 + 0.2 + 0.1 + 0.03] * 4)
 
 
 def test_processes_that_are_awake_share_the_cores() -> None:
@@ -141,9 +140,12 @@ def test_sum_and_update_take_what_is_read_and_written() -> None:
     # Of two shards on one thread's worth of memory, neither is faster than one shard.
     one = Cluster(Machine(sum_bytes_per_s=1e9, threads=1))
     assert step(work, one, Arrangement(server_shards=2)) == pytest.approx(5 * 8e6 / 1e9)
-    # Reading weights and writing gradients, side by side; and the new weights, twice.
+    # Writing gradients, side by side; weights are updated and read where they lie, if they lie in one place.
     store = Cluster(Machine(copy_bytes_per_s=1e9))
-    assert step(work, store) == pytest.approx(4 * 8e6 / 1e9)
+    assert step(work, store) == pytest.approx(8e6 / 1e9)
+    assert step(work, store, Arrangement(server_shards=2)) == pytest.approx(2 * 8e6 / 1e9)
+    # Other nodes get them as an object, which is written once, and copy it.
+    assert step(Work(2, 8e6, Compute(0.0)), replace(store, workers_per_node=1)) == pytest.approx(3 * 8e6 / 1e9)
 
 
 def test_a_ring_moves_twice_the_model_whatever_the_number_of_workers() -> None:

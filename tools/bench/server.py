@@ -2,9 +2,9 @@
 
 Each is beside the memory's own speed, measured between the timings: that at which the same gradients are read by sums
 over each, or that of an addition into a third array, whichever is higher. What a pass must move at least: every
-gradient read and the sum written; gradient, two moments and parameters read, the latter three written. The update is
-all that follows the sum: mean, norm and optimizer. The sum's bits are first checked against NumPy's by the same tree,
-the update against torch.optim.Adam. It runs with the memory allocator set as in a server's process.
+gradient read and the mean written; that, two moments and parameters read, the latter three written. The sum comes with
+the division by the number of tasks and the norm, as in a server. Its bits are first checked against NumPy's by the same
+tree, the update against torch.optim.Adam. It runs with the memory allocator set as in a server's process.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ sys.path.insert(0, str(ROOT))
 
 from metadist.config.schema import OuterConfig  # noqa: E402
 from metadist.outer.gradient import Block, TreeSum  # noqa: E402
-from metadist.outer.update import MetaUpdate  # noqa: E402
+from metadist.outer.update import MetaUpdate, Prepared  # noqa: E402
+from metadist.outer.vectors import Addends  # noqa: E402
 from metadist.runtime.backend import ALLOCATOR  # noqa: E402
 from tools.bench._tables import keep_rows, show_table  # noqa: E402
 
@@ -43,12 +44,12 @@ def seconds(what: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def the_sum(vectors: list[np.ndarray]) -> np.ndarray:
-    """As the server adds the gradients of a version."""
+def as_held(vectors: list[np.ndarray]) -> Addends:
+    """The gradients of a version as the server has them when it is to make an update."""
     held = TreeSum(len(vectors))
     for m, vector in enumerate(vectors):
         held.add(Block(0, m), vector)
-    return held.total()
+    return held.addends()
 
 
 def plain_tree(vectors: list[np.ndarray]) -> np.ndarray:
@@ -61,7 +62,7 @@ def plain_tree(vectors: list[np.ndarray]) -> np.ndarray:
 def check(numel: int) -> None:
     """Raises if sum or update are not what they are measured as."""
     few = [np.random.default_rng(m).standard_normal(min(numel, 100_003)).astype(np.float32) for m in range(VECTORS)]
-    if the_sum(few).tobytes() != plain_tree(few).tobytes():
+    if as_held(few).sum().tobytes() != plain_tree(few).tobytes():
         raise AssertionError("the sum has not the bits of the tree")
     start = torch.from_numpy(few[0])
     ours, reference = MetaUpdate(start, options(len(start))), torch.nn.Parameter(start.clone())
@@ -84,18 +85,17 @@ def measured(numel: int, rounds: int) -> list[dict[str, Any]]:
     """One row for the sum and one for the update, each beside the memory's speed in the same rounds."""
     vectors = [np.full(numel, 1.0 + m, np.float32) for m in range(VECTORS)]
     update = MetaUpdate(torch.zeros(numel), options(numel))
-    gradient = torch.ones(numel)
     everything = [torch.from_numpy(v) for v in vectors]
     a, b, c = everything[:3]
     size = 4 * numel / 1e6
     times: dict[str, list[float]] = {"sum": [], "read": [], "update": [], "triad": []}
     for turn in range(rounds + 1):
-        total = gradient.clone()  # a server's own, as the sum leaves it
+        prepared: list[Prepared] = []
         found = {
             "read": seconds(lambda: [float(v.sum()) for v in everything]),
-            "sum": seconds(lambda: the_sum(vectors)),
+            "sum": seconds(lambda made=prepared: made.append(update.prepare(as_held(vectors), 4.0))),
             "triad": seconds(lambda: torch.add(a, b, out=c)),
-            "update": seconds(lambda total=total: update.move(update.prepare(total, 4.0, own=True))),
+            "update": seconds(lambda made=prepared: update.move(made.pop())),
         }
         for name, taken in found.items():
             if turn:

@@ -17,7 +17,6 @@ from metadist.config import validate
 from metadist.experiment import Experiment
 from metadist.models import Conv4
 from metadist.outer.gradient import Block, partial_sums
-from metadist.runtime.backend import nothing
 from metadist.runtime.controller import Controller
 from metadist.runtime.ray import RayBackend
 from metadist.worker import Lease, Report, Round
@@ -59,8 +58,8 @@ class EmulatedWorker:
         self._params: np.ndarray | None = None
 
     def compute(self, lease: Lease, weights: Sequence[np.ndarray]) -> tuple[Report, dict[Block, np.ndarray]]:
-        """The lease's gradients, made once for each microbatch; the weights are copied out, as they would be."""
-        self._params = np.concatenate(weights)
+        """The lease's gradients, made once for each microbatch; weights of one shard are used where they lie."""
+        self._params = weights[0] if len(weights) == 1 else np.concatenate(weights)
         members = range(lease.start, lease.stop)
         for m in members:
             if m not in self._made:
@@ -127,23 +126,17 @@ class EmulatedRun:
     def steps(self, count: int) -> list[float]:
         """Meta-updates one after another, as a run makes them; the seconds of each."""
         times, last = [], time.perf_counter()
-        for i in range(count):
-            self._step(i + 1 == count)
+        for _ in range(count):
+            self._step()
             times.append(time.perf_counter() - last)
             last += times[-1]
         return times
 
-    def _step(self, last: bool) -> None:
-        round, following = self._round(self.version), self._round(self.version + 1)
-        if self.controller.begun != round:
-            self.controller.begin(round)
-        self.controller.finish()
-        begin = nothing if last else functools.partial(self.controller.begin, following)
-        self.backend.commit(self.version, self.count, meanwhile=begin)
+    def _step(self) -> None:
+        version = self.version
+        self.controller.run(Round("train", version, "train", "train", version * self.count, self.count, 1))
+        self.backend.commit(version, self.count)
         self.version += 1
-
-    def _round(self, version: int) -> Round:
-        return Round("train", version, "train", "train", version * self.count, self.count, 1)
 
     def weights(self) -> np.ndarray:
         """The flat meta-parameters."""
