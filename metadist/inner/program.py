@@ -10,6 +10,7 @@ differentiate twice.)
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import importlib.util
 import operator
@@ -115,13 +116,14 @@ def trace(fn: Callable[..., Any], flat: list[Tensor], spec: pytree.TreeSpec) -> 
         trees.append(tree)
         return leaves
 
-    # The tracer notes each value's shape in a fake tensor. Left to itself it makes a mode for each, which takes half of
-    # the time; a tracing context's it takes for all.
-    with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
-        graph = make_fx(flattened)(*flat)
+    # Of shapes alone: nothing is computed, and no memory taken for values of which a trace would keep all. The mode is one
+    # for everything; left to itself the tracer makes one for each value, which takes half of the time.
+    with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True, allow_non_fake_inputs=True))):
+        traced = functools.partial(make_fx, tracing_mode="fake", _allow_non_fake_inputs=True)
+        graph = traced(flattened)(*flat)
         if any(_mutable(n.target) for n in graph.graph.nodes):
             # Only now, as autograd functions of one's own cannot be made functional while they are traced.
-            graph = make_fx(functionalize(graph, remove="mutations"))(*flat)
+            graph = traced(functionalize(graph, remove="mutations"))(*flat)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph, trees[-1]

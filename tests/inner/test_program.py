@@ -9,6 +9,7 @@ from torch.utils import _pytree as pytree
 from metadist.algorithms import MAML, resolve_objective
 from metadist.episode import EpisodeBatch, Examples
 from metadist.inner import Engine, FunctionalModel, compiler_missing
+from metadist.inner.memory import resident_growth
 from metadist.inner.program import merge_duplicates, trace
 from metadist.models import MLP
 
@@ -105,3 +106,45 @@ def test_an_inner_step_is_kept_or_computed_again_as_said() -> None:
 def test_branching_on_values_is_refused_by_tracing() -> None:
     with pytest.raises(RuntimeError):
         trace(lambda x: x if x.sum() > 0 else -x, [torch.ones(2)], pytree.tree_flatten((torch.ones(2),))[1])
+
+
+def test_tracing_takes_no_memory_for_values() -> None:
+    """A trace would keep every value it comes by: with the derivatives of all inner steps, many times a step's."""
+    before = torch.ones(1_000_000)
+    flat, spec = pytree.tree_flatten((before, before))
+
+    def fn(shared, tasks):
+        kept = [tasks]
+        for _ in range(60):
+            kept.append(torch.exp(kept[-1] * shared))
+        return sum(kept)
+
+    trace(fn, [t[:10] for t in flat], spec)  # what tracing itself needs, once
+    grown = resident_growth()
+    graph, _ = trace(fn, flat, spec)
+    assert grown() < 60 * before.nbytes / 4
+    with torch.no_grad():
+        assert torch.equal(graph(*flat)[0], fn(before, before))
+
+
+def test_constants_of_a_traced_function_keep_their_values() -> None:
+    outside = torch.randn(3)
+
+    def fn(shared, tasks):
+        within = torch.tensor([1.0, 2.0, 4.0]) + torch.arange(3) + torch.full((3,), 0.5)
+        return {"y": shared * outside + tasks * within}
+
+    flat, spec = pytree.tree_flatten((torch.randn(3), torch.randn(3)))
+    graph, out_spec = trace(fn, flat, spec)
+    for _ in range(2):
+        flat = [torch.randn(3), torch.randn(3)]
+        assert torch.equal(pytree.tree_unflatten(graph(*flat), out_spec)["y"], fn(*flat)["y"])
+
+
+def test_tracing_draws_no_random_numbers() -> None:
+    flat, spec = pytree.tree_flatten((torch.randn(5), torch.randn(5)))
+    torch.manual_seed(4)
+    trace(lambda shared, tasks: shared + torch.rand(5) * tasks, flat, spec)
+    first = torch.rand(3)
+    torch.manual_seed(4)
+    assert torch.equal(first, torch.rand(3))
