@@ -116,8 +116,8 @@ def trace(fn: Callable[..., Any], flat: list[Tensor], spec: pytree.TreeSpec) -> 
         trees.append(tree)
         return leaves
 
-    # Of shapes alone: nothing is computed, and no memory taken for values of which a trace would keep all. The mode is one
-    # for everything; left to itself the tracer makes one for each value, which takes half of the time.
+    # Of shapes alone: nothing is computed, and no memory taken for values, of which a trace would keep all. The mode is
+    # one for everything; left to itself the tracer makes one for each value, which takes half of the time.
     with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True, allow_non_fake_inputs=True))):
         traced = functools.partial(make_fx, tracing_mode="fake", _allow_non_fake_inputs=True)
         graph = traced(flattened)(*flat)

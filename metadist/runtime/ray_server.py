@@ -481,8 +481,13 @@ class RayServer:
     def _told(self, asked: Sequence[ObjectRef | Line], sure: Sequence[ObjectRef] = ()) -> list[bytes]:
         """The answers to :meth:`_ask`; waits until what is ``sure`` to come has come as well."""
         refs = [ref for ref in asked if not isinstance(ref, Line)]
-        by_ray = iter(self._got([*sure, *refs])[len(sure) :] if sure or refs else [])
-        return [self._over(line) if isinstance(line, Line) else next(by_ray) for line in asked]
+        try:
+            by_ray = iter(self._got([*sure, *refs])[len(sure) :] if sure or refs else [])
+            return [self._over(line) if isinstance(line, Line) else next(by_ray) for line in asked]
+        except BaseException:
+            # Of some the answer has not been heard: it must not be taken for that to another question.
+            self._shards()
+            raise
 
     def _over(self, line: Line) -> bytes:
         """The answer that comes over a line's channel."""
@@ -497,7 +502,6 @@ class RayServer:
             if answer is not None:
                 return answer
             if ended:
-                line.by_ray()
                 self._got([over.call])
                 raise ServerLostError("parameter server", "has stopped answering")
             if time.monotonic() > until:

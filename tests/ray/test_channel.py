@@ -274,6 +274,24 @@ def test_a_server_that_dies_over_an_update_is_lost(backend: Callable[..., RayBac
 
 
 @pytest.mark.slow
+def test_what_one_shard_did_not_say_is_not_taken_for_the_next_answer(backend: Callable[..., RayBackend]) -> None:
+    run = backend(server_shards=3, server_timeout_s=2)
+    steady(run)
+    for lease in answers(run, 3, range(MICROBATCHES), 500):
+        run.accept(lease, 3, MICROBATCHES)
+    assert run.settle() == []
+    parts = run.server.weights([True] * 3)
+    os.kill(parts[0].area.pid, signal.SIGSTOP)  # type: ignore[union-attr]
+    with pytest.raises(ServerLostError, match="has not answered for 2 s"):
+        run.commit(3, MICROBATCHES)
+    os.kill(parts[0].area.pid, signal.SIGCONT)  # type: ignore[union-attr]
+    # Nothing had been made of it: the same is asked again, and all is well.
+    assert run.snapshot()["version"] == 3
+    run.commit(3, MICROBATCHES)
+    assert run.snapshot()["weights"].tobytes() == plainly(4)
+
+
+@pytest.mark.slow
 def test_a_server_that_hangs_over_an_update_is_lost(backend: Callable[..., RayBackend]) -> None:
     run = backend(server_timeout_s=2)
     steady(run)
