@@ -21,6 +21,9 @@ Memory is measured in a process of its own for each, over what it held before th
 this includes what the compiler took. "of sgemm" is the share of the speed of a large matrix product, counting
 the products and convolutions of the plain reference.
 
+--growth measures something else: how memory grows with the inner steps, from what tensors take at most with one and
+with ten of them, tracing aside, of whatever inductor does not compile; a task of each workload that has inner steps.
+
 By default the processes run with the allocator settings that our workers run with, from which peers gain as well.
 
 Peers come from the folder --peers; what is not there is listed with the reason. Install them with
@@ -44,6 +47,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +62,7 @@ from tools.bench.adaptation_parts import measure, report  # noqa: E402
 from tools.bench.adaptation_parts.workloads import WORKLOADS, make_job  # noqa: E402
 
 ROUNDS, QUICK_ROUNDS = 5, 2
+STEPS = (1, 10)
 
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
@@ -78,6 +83,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--allocator", choices=("workers", "default"), default="workers",
                         help="glibc as our workers run it, or as it installs  [default: workers]")  # fmt: skip
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="[default: %(default)s]")
+    parser.add_argument("--growth", action="store_true", help="measure how memory grows with the inner steps instead")
     parser.add_argument("--no-memory", action="store_true", help="leave out the measuring of memory")
     parser.add_argument("--tasks", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -116,7 +122,12 @@ def child(order: dict[str, Any]) -> None:
     workload, folder, tasks = WORKLOADS[order["workload"]], Path(order["peers"]), order["tasks"]
     found, left_out = measure.implementations(workload, folder, order["quick"], tuple(order["words"]), device)
     result: dict[str, Any]
-    if "memory_of" in order:
+    if "growth_of" in order:
+        workload = replace(workload, steps=order["steps"])
+        (one,) = [i for i in found if i.name == order["growth_of"]]
+        job = make_job(workload, 1, torch.float32, device)
+        result = {"mb": measure.held_mb(one, job), "parameters_mb": sum(p.nbytes for p in job.params.values()) / 1e6}
+    elif "memory_of" in order:
         (one,) = [i for i in found if i.name == order["memory_of"]]
         result = {"peak_mb": measure.peak_mb(one, make_job(workload, tasks, torch.float32, device))}
     else:
@@ -147,6 +158,26 @@ def run_workload(name: str, options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def growth(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """How the memory of each implementation that inductor does not compile grows from one inner step to ten."""
+    found, _ = measure.implementations(WORKLOADS[name], options.peers, False, options.implementations, options.device)
+    order = {"workload": name, "peers": str(options.peers.resolve()), "quick": False, "tasks": 1,
+             "words": options.implementations, "device": options.device}  # fmt: skip
+    rows = []
+    for one in (i for i in found if "compiled" not in i.name):  # what inductor's code takes is seen by nobody
+        say(f"{name} {one.name}")
+        few, many = (in_child({**order, "growth_of": one.name, "steps": n}, options.allocator) for n in STEPS)
+        if "died" in few or "died" in many:
+            say(f"{name} {one.name}: {few.get('died') or many['died']}")
+            continue
+        grown = (many["mb"] - few["mb"]) / (STEPS[1] - STEPS[0])
+        rows.append({
+            "workload": name, "implementation": one.name, "mb_of_1": few["mb"], "mb_of_10": many["mb"],
+            "copies_a_step": grown / few["parameters_mb"],
+        })  # fmt: skip
+    return rows
+
+
 # ------------------------------------------------------------------ the command
 
 
@@ -173,6 +204,14 @@ def main() -> None:
         return
     print(f"allocator: {ALLOCATOR if options.allocator == 'workers' else 'as installed'}; one thread; "
           f"torch {torch.__version__}; {options.rounds} rounds\n", flush=True)  # fmt: skip
+    if options.growth:
+        rows: list[dict[str, Any]] = []
+        for name in (n for n in options.workloads if WORKLOADS[n].steps):
+            rows += (found := growth(name, options))
+            report.show_growth(f"{name}: {WORKLOADS[name].title}", found)
+            if options.json:
+                keep_rows(options.json, rows, setup(options, {}))
+        return
     results = {}
     for name in options.workloads:
         results[name] = run_workload(name, options)

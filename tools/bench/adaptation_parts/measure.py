@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from metadist.benchmark import distance
 from metadist.device import make_repeatable, wait_for
 from metadist.errors import first_line
+from metadist.inner.memory import peak_bytes
 from tools.bench.adaptation_parts.ours import SETTINGS, make_ours
 from tools.bench.adaptation_parts.peers import PEERS, make_peer
 from tools.bench.adaptation_parts.workloads import (
@@ -248,6 +249,13 @@ def peak_mb(implementation: Implementation, job: Job) -> float:
     call()
     call()
     return _largest_mb() - before
+
+
+def held_mb(implementation: Implementation, job: Job) -> float:
+    """What tensors take at most in a call that is not the first, which may trace; in MB."""
+    call = implementation.make(job)
+    call()
+    return peak_bytes(call) / 1e6
 
 
 def _largest_mb() -> float:

@@ -10,6 +10,16 @@ COLUMNS = ("implementation", "ms/task", "x fastest peer", "wall ms", "first call
            "float32 error", "float64 error")  # fmt: skip
 
 
+GROWTH = ("implementation", "MB, 1 inner step", "MB, 10", "copies of the parameters a step")
+
+
+def show_growth(title: str, rows: list[dict[str, Any]]) -> None:
+    """How memory grows with the inner steps of one workload."""
+    found = [[r["implementation"], *(f"{r[k]:.4g}" for k in ("mb_of_1", "mb_of_10", "copies_a_step"))] for r in rows]
+    show_table(GROWTH, found, title)
+    print(flush=True)
+
+
 def cells(row: dict[str, Any]) -> list[str]:
     """A row's words, in the order of COLUMNS."""
     ratio, peak, ms = row["ratio_to_fastest_peer"], row["peak_mb"], row["ms_per_task"]
