@@ -34,6 +34,9 @@ everywhere: of a network that has not learned yet, half of the gradient may be r
 NEAR = 1.25
 """How far from the fastest a way may be, traced, for inductor to be tried on it as well."""
 
+CLOSE = 1.15
+"""How far from the fastest a way may be for both to be timed once more."""
+
 UNKNOWN_WORKERS = 4
 """How many workers are reckoned with where the config takes as many as there are."""
 
@@ -139,15 +142,29 @@ class EngineBench:
         plain = [Way("vectorised", "trace", c, False, tasks) for c in self.convolutions]
         eager = [replace(w, strategy=s, compile=False) for s in ("vectorised", "adjoint") for w in plain]
         self.measure([*plain, *eager, Way("loop", False, "direct", False, tasks)])
+        # What is traced takes seconds to prepare, inductor minutes: it comes last, where tracing is at its best.
         best = self.best()
-        if best.way.strategy == "vectorised" and self._inductor:
-            near = [w for w in plain if (self.timings[w].ms_per_task or float("inf")) <= NEAR * (best.ms_per_task or 0)]
-            self.measure(replace(w, compile=True) for w in near)
+        self.measure(replace(best.way, tasks=n) for n in self.sizes())
+        best = self.best()
         self.measure([self.automatic])
-        self.measure(replace(self.best().way, tasks=n) for n in self.sizes())
+        if self._inductor and best.way.strategy == "vectorised":
+            least = min((self.timings[w].ms_per_task or float("inf")) for w in plain)
+            near = [w for w in plain if (self.timings[w].ms_per_task or float("inf")) <= NEAR * least]
+            self.measure(replace(w, compile=True, tasks=best.way.tasks) for w in near)
+            self.measure([replace(self.best().way, compile=True, tasks=tasks)])
         if self.best().way.compile:
             self.measure([replace(self.best().way, recompute=True)])
+        self._decide()
         return self.best()
+
+    def _decide(self) -> None:
+        """Times what is close to the fastest once more, in turns: it was timed minutes apart."""
+        most = CLOSE * (self.best().ms_per_task or 0.0)
+        near = [way for way, timing in self.timings.items() if timing.seconds and (timing.ms_per_task or 0.0) <= most]
+        if len(near) > 1:
+            self._say(f"{len(near)} ways are close: once more, in turns")
+            for way, seconds in self.in_turns(near, 2 * self._rounds).items():
+                self.timings[way].seconds = seconds
 
     @functools.cached_property
     def convolutions(self) -> tuple[str, ...]:
