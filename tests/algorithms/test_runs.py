@@ -72,7 +72,7 @@ def test_any_number_of_workers_in_any_order_gives_one_answer(name: str) -> None:
 
 
 @LISTED
-@pytest.mark.parametrize("strategy", ["vectorised", "adjoint", "loop"])
+@pytest.mark.parametrize("strategy", ["vectorised", pytest.param("adjoint", marks=pytest.mark.slow), "loop"])
 def test_no_learner_writes_to_the_weights_it_is_given(name: str, strategy: str) -> None:
     """They may lie in memory that every process of the node reads, where writing would end the process."""
     made = sections(name)

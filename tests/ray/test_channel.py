@@ -195,6 +195,7 @@ def test_updates_over_channels_give_the_same_bits(backend: Callable[..., RayBack
     assert run.snapshot()["weights"].tobytes() == plainly(6)
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_over_a_lease_is_replaced(backend: Callable[..., RayBackend]) -> None:
     run = backend()
     steady(run)
@@ -255,6 +256,7 @@ def test_the_servers_own_error_comes_as_itself_and_it_goes_on(backend: Callable[
     assert run.snapshot()["version"] == 1
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_over_an_update_is_lost(backend: Callable[..., RayBackend]) -> None:
     run = backend()
     steady(run)

@@ -108,6 +108,7 @@ def test_they_wait_for_company_but_not_for_long(backend: Callable[..., RayBacken
     assert Counted.sizes == [1]
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_meanwhile_is_lost(backend: Callable[..., RayBackend]) -> None:
     run = backend()
     for lease in answers(run, 0, range(MICROBATCHES)):
