@@ -143,13 +143,12 @@ class EngineBench:
         eager = [replace(w, strategy=s, compile=False) for s in ("vectorised", "adjoint") for w in plain]
         self.measure([*plain, *eager, Way("loop", False, "direct", False, tasks)])
         # What is traced takes seconds to prepare, inductor minutes: it comes last, where tracing is at its best.
-        best = self.best()
-        self.measure(replace(best.way, tasks=n) for n in self.sizes())
+        self.measure(replace(self.best().way, tasks=n) for n in self.sizes())
         best = self.best()
         self.measure([self.automatic])
         if self._inductor and best.way.strategy == "vectorised":
-            least = min((self.timings[w].ms_per_task or float("inf")) for w in plain)
-            near = [w for w in plain if (self.timings[w].ms_per_task or float("inf")) <= NEAR * least]
+            ms = {w: t for w in plain if (t := self.timings[w].ms_per_task)}
+            near = [w for w, t in ms.items() if t <= NEAR * min(ms.values())]
             self.measure(replace(w, compile=True, tasks=best.way.tasks) for w in near)
             self.measure([replace(self.best().way, compile=True, tasks=tasks)])
         if self.best().way.compile:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metadist.outer.vectors import ADD, Addends, tree_sum
+from metadist.outer.vectors import ADD, Addends
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ class TreeSum:
             parts: list[Block] = []
             program: list[int] = []
             if self._whole(node, parts, program):
-                merged[node] = tree_sum(program, [self._held[b] for b in parts])
+                merged[node] = Addends(program, [self._held[b] for b in parts]).sum()
             elif node.level:
                 open_ += self._children(node)
         self._held = merged

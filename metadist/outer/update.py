@@ -87,7 +87,8 @@ class MetaUpdate:
         self.options, self.version = options, version
         self.vector = meta_params.detach().clone()
         self._tidy()
-        self._starts = chunk_starts(options.get("sizes", [self.vector.numel()]))
+        numel = self.vector.numel()
+        self._bounds = np.array([*chunk_starts(options.get("sizes", [numel])), numel], np.int64)
         # Vector instructions and what they leave over round differently: chunks make that the same in any shard.
         self._chunks = [torch.nn.Parameter(v) for v in self._cut(self.vector)]
         self.optimizer = _optimizer(self._chunks, options)
@@ -110,7 +111,7 @@ class MetaUpdate:
         ]
         if not all(bool(torch.isfinite(values).all()) for _, _, values in ruled):
             raise FloatingPointError("an average or carried state is not finite")
-        bounds = np.array([*self._starts, len(self.vector)], np.int64)
+        bounds = self._bounds
         mean, squares = gradients.mean_and_squares(tasks, bounds, torch.get_num_threads())
         for a, z, _ in ruled:
             mean[a:z] = 0
@@ -170,7 +171,7 @@ class MetaUpdate:
 
     def _cut(self, vector: Tensor) -> list[Tensor]:
         """Views of a vector's chunks."""
-        return [vector[a:z] for a, z in pairwise([*self._starts, len(vector)])]
+        return [vector[a:z] for a, z in pairwise(self._bounds.tolist())]
 
     def state(self, copy: bool = True) -> dict[str, Tensor]:
         """The optimizer's tensors by name (``exp_avg [numel]``, ``step []`` ...); not copied, it goes on with them."""

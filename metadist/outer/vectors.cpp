@@ -126,15 +126,15 @@ void tree_sum(const T *const *in, const int32_t *program, int64_t length, T *out
     for (int64_t at = 0; at < n; at += BLOCK) tree.sum(at, n - at < BLOCK ? n - at : BLOCK, out + at);
 }
 
-// A block's numbers to where they belong, past the cache but for the first that begin no line of it.
+// Numbers to where they belong, past the cache but for the first, that begin no line of it.
 template <class T>
-void put(const T *block, T *to, int64_t size) {
+void put(const T *from, T *to, int64_t size) {
     int64_t first = 0;
     while (first < size && reinterpret_cast<uintptr_t>(to + first) % 64) {
-        to[first] = block[first];
+        to[first] = from[first];
         ++first;
     }
-    copy_past_cache(block + first, to + first, (size - first) * sizeof(T));
+    copy_past_cache(from + first, to + first, (size - first) * sizeof(T));
 }
 
 // The sum divided by `tasks`, and the sum of squares of each chunk of it, while it is in the cache. The bounds of the
@@ -179,7 +179,9 @@ void tree_sum_f32(const float *const *in, const int32_t *program, int64_t length
 void tree_sum_f64(const double *const *in, const int32_t *program, int64_t length, double *out, int64_t n) {
     tree_sum(in, program, length, out, n);
 }
-void copy(const void *from, void *to, int64_t bytes) { copy_past_cache(from, to, bytes); }
+void copy(const void *from, void *to, int64_t bytes) {
+    put(static_cast<const char *>(from), static_cast<char *>(to), bytes);
+}
 void tree_mean_f32(const float *const *in, const int32_t *program, int64_t length, const int64_t *bounds,
                    int64_t chunks, double tasks, float *out, double *squares) {
     tree_mean(in, program, length, bounds, chunks, static_cast<float>(tasks), out, squares);

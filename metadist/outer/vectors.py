@@ -25,8 +25,8 @@ _MEAN = (
     ctypes.c_double, ctypes.c_void_p, ctypes.c_void_p,
 )  # fmt: skip
 _LANES = 16
-_PAST_CACHE, _LINE = 1 << 23, 64
-"""Bytes of a vector that would push itself out of the cache, and of a line of it."""
+_PAST_CACHE = 1 << 23
+"""Bytes of a vector that would push itself out of the cache."""
 _WORTH_THREADS = 1 << 22
 """Bytes of a vector from which it is worth starting threads."""
 _DTYPES = {np.dtype(np.float32): torch.float32, np.dtype(np.float64): torch.float64}
@@ -113,15 +113,10 @@ def copy_into(place: np.ndarray, values: np.ndarray) -> None:
         values: ``[n]`` of the same dtype.
     """
     library = load(_SOURCE) if values.nbytes >= _PAST_CACHE and values.flags.c_contiguous else None
-    if library is None or place.ctypes.data % _LINE:
+    if library is None:
         place[:] = values
     else:
         library.copy(*(ctypes.c_void_p(v.ctypes.data) for v in (values, place)), ctypes.c_int64(values.nbytes))
-
-
-def tree_sum(program: Sequence[int], values: Sequence[np.ndarray]) -> np.ndarray:
-    """See :meth:`Addends.sum`."""
-    return Addends(program, values).sum()
 
 
 def _shared_out(work: Callable[[int, int], None], count: int, threads: int) -> None:

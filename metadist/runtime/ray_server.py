@@ -109,27 +109,20 @@ class _Shard:
         return sum(self._server.add(version, count, blocks) for blocks in given)
 
     def attend(self, place: channel.Place) -> bool:
-        """Answers :meth:`squares` and :meth:`commit` over a channel."""
-        return channel.attend(place, self._answer)
+        """Answers over a channel."""
+        return channel.attend(place, self.answer)
 
-    def _answer(self, message: bytes) -> bytes:
-        order = unpacked(message)
-        return self.squares(message) if isinstance(order, _Squares) else self.commit(message)
+    def answer(self, message: bytes) -> Any:
+        """What a :class:`_Squares` or a :class:`_Commit` asks for.
 
-    def squares(self, message: bytes) -> bytes:
-        """The sums of squares of the gradient's chunks; the message is a :class:`_Squares`."""
-        order: _Squares = unpacked(message)
-        self._take(order.given, order.version)
-        return packed(self._server.squares(order.version, order.tasks, order.slots))
-
-    def commit(self, message: bytes) -> Any:
-        """The statistics and where the new weights lie for processes of this node; the weights, if others want them.
-
-        Args:
-            message: the :class:`_Commit`.
+        Returns:
+            The sums of squares of the gradient's chunks; or the statistics and where the new weights lie for processes
+            of this node, and beside these bytes the weights, if others want them.
         """
-        order: _Commit = unpacked(message)
+        order: _Squares | _Commit = unpacked(message)
         self._take(order.given, order.version)
+        if isinstance(order, _Squares):
+            return packed(self._server.squares(order.version, order.tasks, order.slots))
         self._move_into(order.page)
         weights, stats = self._server.commit(order.version, order.tasks, order.norm, order.slots)
         told = packed((stats, self._page))
@@ -434,7 +427,7 @@ class RayServer:
         norm, given = None, self._given(version)
         if len(self.cuts) > 1:
             orders = [packed(_Squares(g, version, tasks, slots)) for g in given]
-            asked = [self._ask(line, "squares", order)[0] for line, order in zip(self._lines, orders, strict=True)]
+            asked = [self._ask(line, order)[0] for line, order in zip(self._lines, orders, strict=True)]
             squares = map(unpacked, self._told(asked))
             norm, given = norm_of(itertools.chain(*squares)), [[] for _ in self.cuts]
         far = self._asked_far
@@ -444,7 +437,7 @@ class RayServer:
             packed(_Commit(g, version, tasks, norm, slots, page, far))
             for g, page in zip(given, pages, strict=True)
         ]
-        made = [self._ask(line, "commit", order, far) for line, order in zip(self._lines, commits, strict=True)]
+        made = [self._ask(line, order, far) for line, order in zip(self._lines, commits, strict=True)]
         self._stored = [stored for _, stored in made]
         self._asked_far = False
         told = [unpacked(message) for message in self._told([asked for asked, _ in made], sure)]
@@ -459,9 +452,7 @@ class RayServer:
         """The actors, to be called by Ray."""
         return [line.by_ray() for line in self._lines]
 
-    def _ask(
-        self, line: Line, method: str, message: bytes, far: bool = False
-    ) -> tuple[ObjectRef | Line, ObjectRef | None]:
+    def _ask(self, line: Line, message: bytes, far: bool = False) -> tuple[ObjectRef | Line, ObjectRef | None]:
         """Asks a shard something; what to ask for its answer, and with ``far`` the reference to what it returns beside.
 
         It is asked over a channel, if it was not called since the last update: it would be again.
@@ -472,7 +463,7 @@ class RayServer:
             if over is not None:
                 over.ask(message)
                 return line, None
-        call = getattr(line.by_ray(), method)
+        call: Any = line.by_ray().answer
         if not far:
             return call.remote(message), None
         told, beside = call.options(num_returns=2).remote(message)

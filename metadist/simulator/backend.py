@@ -301,7 +301,7 @@ class SimulatedBackend:
                 tasks = sum(len(lease.round.episodes(m)) for m in range(lease.start, lease.stop))
                 self._news.append(Computed(number, Report(lease, {"loss": np.zeros(tasks)}, seconds, 0.0)))
 
-        node.cores.submit(awake_s, lambda: node.memory.submit(read, computes))
+        self._in_turn(node, awake_s, read, computes)
 
     @staticmethod
     def _in_turn(node: Node, cpu_s: float, memory_s: float, then: Then) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from metadist.outer import vectors as passes
 from metadist.outer.gradient import Block, TreeSum
-from metadist.outer.vectors import ADD, tree_sum
+from metadist.outer.vectors import ADD, Addends
 
 TREES = st.recursive(st.just([0]), lambda t: st.tuples(t, t).map(lambda ab: [*ab[0], *ab[1], ADD]), max_leaves=40)
 
@@ -36,21 +36,21 @@ def test_any_tree_is_added_two_by_two(program: list[int], n: int, dtype: type) -
     program = [next(leaves) if step != ADD else ADD for step in program]
     values = vectors(program.count(ADD) + 1, n, dtype)
     before = [v.copy() for v in values]
-    made = tree_sum(program, values)
+    made = Addends(program, values).sum()
     assert made.dtype == dtype and made.tobytes() == by_two(program, values).tobytes()
     assert all(np.array_equal(a, b) for a, b in zip(values, before, strict=True)), "what is added is only read"
 
 
 def test_without_a_compiler_the_plain_form_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     values = vectors(3, 100, np.float32)
-    wanted = tree_sum([0, 1, ADD, 2, ADD], values).tobytes()
+    wanted = Addends([0, 1, ADD, 2, ADD], values).sum().tobytes()
     monkeypatch.setattr(passes, "_SOURCE", Path("nowhere.cpp"))
-    assert tree_sum([0, 1, ADD, 2, ADD], values).tobytes() == wanted
+    assert Addends([0, 1, ADD, 2, ADD], values).sum().tobytes() == wanted
 
 
 def test_views_that_skip_numbers_are_added_as_well() -> None:
     a, b = (v[::2] for v in vectors(2, 100, np.float32))
-    assert np.array_equal(tree_sum([0, 1, ADD], [a, b]), a + b)
+    assert np.array_equal(Addends([0, 1, ADD], [a, b]).sum(), a + b)
 
 
 @given(st.integers(1, 40), st.sampled_from([0, 3 * 4 * 8, 1 << 31]), st.randoms(use_true_random=False))
@@ -120,7 +120,7 @@ def test_long_vectors_are_copied_whole_wherever_they_lie(dtype: type, shift: int
     size = passes._PAST_CACHE // np.dtype(dtype).itemsize + extra
     values = np.random.default_rng(size).integers(0, 60_000, size + shift).astype(dtype)[shift:]
     around = np.zeros(size + 200, dtype)
-    begin = -around.ctypes.data % passes._LINE // around.itemsize + shift
+    begin = -around.ctypes.data % 64 // around.itemsize + shift
     passes.copy_into(around[begin : begin + size], values)
     assert np.array_equal(around[begin : begin + size], values)
     assert not around[:begin].any() and not around[begin + size :].any()
@@ -152,5 +152,5 @@ def test_a_square_of_what_is_not_finite_is_not_finite(bad: float) -> None:
     vector = np.ones(40, np.float32)
     vector[17] = bad
     assert not np.isfinite(passes._mean_plainly(vector.copy(), 2.0))
-    _, squares = passes.Addends([0], [vector]).mean_and_squares(2.0, np.array([0, 17, 18, 40]))
+    _, squares = Addends([0], [vector]).mean_and_squares(2.0, np.array([0, 17, 18, 40]))
     assert np.isfinite(squares).tolist() == [True, False, True]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -18,3 +19,22 @@ def cluster() -> Iterator[None]:
     assert connect(RuntimeConfig(workers=3)), "another test left its cluster running"
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def started() -> Iterator[Callable[..., Any]]:
+    """``started(worker, **runtime)``: a backend of two workers that has begun; all are closed in the end."""
+    from metadist.runtime.ray import RayBackend
+    from tests.ray.several_nodes import settings
+
+    made: list[RayBackend] = []
+
+    def start(worker: Any, **runtime: Any) -> RayBackend:
+        experiment, outer, snapshot = settings(workers=2, **runtime)
+        made.append(RayBackend(experiment, worker))
+        made[-1].start(snapshot, outer)
+        return made[-1]
+
+    yield start
+    for there in made:
+        there.close()

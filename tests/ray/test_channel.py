@@ -21,7 +21,7 @@ from metadist.runtime.backend import Died
 from metadist.runtime.channel import Channel, Line
 from metadist.runtime.ray import RayBackend
 from metadist.runtime.shared import can_share
-from tests.ray.several_nodes import MICROBATCHES, settings
+from tests.ray.several_nodes import MICROBATCHES
 from tests.ray.test_small_gradients import OneEach, answers, plainly
 
 pytestmark = [
@@ -152,18 +152,8 @@ class Fails(OneEach):
 
 
 @pytest.fixture
-def backend() -> Iterator[Callable[..., RayBackend]]:
-    made: list[RayBackend] = []
-
-    def make(worker: Any = OneEach, **runtime: Any) -> RayBackend:
-        experiment, outer, start = settings(workers=2, **runtime)
-        made.append(RayBackend(experiment, worker))
-        made[-1].start(start, outer)
-        return made[-1]
-
-    yield make
-    for there in made:
-        there.close()
+def backend(started: Callable[..., RayBackend]) -> Callable[..., RayBackend]:
+    return lambda worker=OneEach, **runtime: started(worker, **runtime)
 
 
 def update(run: RayBackend, version: int) -> None:

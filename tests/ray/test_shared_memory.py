@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from metadist.outer.gradient import Block
 from metadist.rounds import Lease, Report, Round
 from metadist.runtime.ray import Handle, RayBackend
 from metadist.runtime.shared import Shared, can_share
-from tests.ray.several_nodes import MICROBATCHES, settings
+from tests.ray.several_nodes import MICROBATCHES
 from tests.ray.test_small_gradients import Counted, OneEach, answers, plainly
 
 pytestmark = [
@@ -33,24 +33,19 @@ class TellsWeights(OneEach):
 
 
 @pytest.fixture
-def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., RayBackend]]:
+def backend(started: Callable[..., RayBackend], monkeypatch: pytest.MonkeyPatch) -> Callable[..., RayBackend]:
     monkeypatch.setattr("metadist.runtime.ray.RayServer", Counted)
     monkeypatch.setattr(Counted, "sizes", [], raising=False)
-    made: list[RayBackend] = []
 
     def make(worker: Any = OneEach, **runtime: Any) -> RayBackend:
-        experiment, outer, start = settings(workers=2, **runtime)
-        made.append(RayBackend(experiment, worker))
-        made[-1].start(start, outer)
-        while len(made[-1].workers()) < 2:
-            made[-1].wait(1.0)
-        for handle in made[-1]._handles.values():
+        run = started(worker, **runtime)
+        while len(run.workers()) < 2:
+            run.wait(1.0)
+        for handle in run._handles.values():
             assert handle.reached is None
-        return made[-1]
+        return run
 
-    yield make
-    for there in made:
-        there.close()
+    return make
 
 
 def parts_of(run: RayBackend, lease: Lease) -> list[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,20 +40,10 @@ class OneEach(Worker):
 
 
 @pytest.fixture
-def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., RayBackend]]:
+def backend(started: Callable[..., RayBackend], monkeypatch: pytest.MonkeyPatch) -> Callable[..., RayBackend]:
     monkeypatch.setattr("metadist.runtime.ray.RayServer", Counted)
     monkeypatch.setattr(Counted, "sizes", [], raising=False)
-    made: list[RayBackend] = []
-
-    def make(**runtime: Any) -> RayBackend:
-        experiment, outer, start = settings(workers=2, transport="object_store", **runtime)
-        made.append(RayBackend(experiment, OneEach))
-        made[-1].start(start, outer)
-        return made[-1]
-
-    yield make
-    for there in made:
-        there.close()
+    return lambda **runtime: started(OneEach, transport="object_store", **runtime)
 
 
 def answers(backend: RayBackend, version: int, microbatches: Sequence[int], first: int = 0) -> list[Lease]:

@@ -141,14 +141,18 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def order_of(name: str, options: argparse.Namespace, tasks: int) -> dict[str, Any]:
+    """What every process that measures a workload is told."""
+    return {
+        "workload": name, "peers": str(options.peers.resolve()), "quick": options.quick,
+        "words": options.implementations, "rounds": options.rounds, "device": options.device, "tasks": tasks,
+    }  # fmt: skip
+
+
 def run_workload(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Times one workload, then measures the memory of each implementation."""
     workload = WORKLOADS[name]
-    order = {
-        "workload": name, "peers": str(options.peers.resolve()), "quick": options.quick,
-        "words": options.implementations, "rounds": options.rounds, "device": options.device,
-        "tasks": options.tasks or (workload.quick_tasks if options.quick else workload.tasks),
-    }  # fmt: skip
+    order = order_of(name, options, options.tasks or (workload.quick_tasks if options.quick else workload.tasks))
     result = in_child(order, options.allocator)
     if "died" in result:
         return {"rows": [], "left_out": {name: result["died"]}}
@@ -160,9 +164,9 @@ def run_workload(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def growth(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """How the memory of each implementation that inductor does not compile grows from one inner step to ten."""
-    found, _ = measure.implementations(WORKLOADS[name], options.peers, False, options.implementations, options.device)
-    order = {"workload": name, "peers": str(options.peers.resolve()), "quick": False, "tasks": 1,
-             "words": options.implementations, "device": options.device}  # fmt: skip
+    words, device = options.implementations, options.device
+    found, _ = measure.implementations(WORKLOADS[name], options.peers, options.quick, words, device)
+    order = order_of(name, options, 1)
     rows = []
     for one in (i for i in found if "compiled" not in i.name):  # what inductor's code takes is seen by nobody
         say(f"{name} {one.name}")
