@@ -44,6 +44,7 @@ def shell(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_every_command_of_the_tutorial(workspace: Path) -> None:
     assert [line.split()[0] for line in COMMANDS] == ["metadist"] * 4 + ["python"]
     for line in COMMANDS:

@@ -27,7 +27,8 @@ def undisturbed(omniglot_shards, tmp_path_factory):
     return run(omniglot_shards, run_dir, **LOCAL, **{"outer.clip_norm": 0.5}), numbers(run_dir)
 
 
-@pytest.mark.parametrize("workers", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [2, 3])
 def test_in_order_they_give_the_bits_of_one_process(omniglot_shards, undisturbed, tmp_path, workers):
     summary = run(omniglot_shards, tmp_path / "run", **ORDERED, **{"runtime.workers": workers, "outer.clip_norm": 0.5})
     assert summary["runtime"]["topology"] == "allreduce" and summary["runtime"]["workers"] == workers

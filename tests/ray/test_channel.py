@@ -173,7 +173,8 @@ def steady(run: RayBackend, versions: int = 3) -> None:
     assert any(handle.line.channel for handle in run._handles.values())
 
 
-@pytest.mark.parametrize("shards", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("shards", [1, 3])
 def test_updates_over_channels_give_the_same_bits(backend: Callable[..., RayBackend], shards: int) -> None:
     run = backend(server_shards=shards)
     steady(run)

@@ -84,7 +84,8 @@ def wanted(omniglot_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> s
     return str(run(omniglot_shards, tmp_path_factory.mktemp("local") / "run", **LOCAL, **FEW)["meta_params_sha256"])
 
 
-@pytest.mark.parametrize("node_sums", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("node_sums", [False, True])
 @pytest.mark.usefixtures("cluster")
 def test_what_a_transport_loses_is_computed_again(omniglot_shards, wanted, tmp_path, monkeypatch, node_sums):
     folder = tmp_path / "marks"
