@@ -19,6 +19,7 @@ from metadist.episode import EpisodeBatch
 from metadist.experiment import DTYPES, Experiment
 from metadist.inner.memory import LARGE, hand_back_what_is_freed, resident_growth
 from metadist.outer.gradient import HOLD_OF_LEASE, Block, Layout, TreeSum
+from metadist.outer.vectors import Room
 from metadist.outer.wire import ErrorFeedback
 from metadist.rounds import Lease, Moment, Report, Round
 from metadist.seeding import Rng
@@ -40,7 +41,9 @@ def training_round(experiment: Experiment, version: int, held: int = 1) -> Round
 class LeaseWorker(Protocol):
     """What computes leases in a worker's process: :class:`MetaWorker`, or what stands in for it."""
 
-    def compute(self, lease: Lease, weights: Sequence[np.ndarray]) -> tuple[Report, dict[Block, np.ndarray]]:
+    def compute(
+        self, lease: Lease, weights: Sequence[np.ndarray], room: Room | None = None
+    ) -> tuple[Report, dict[Block, np.ndarray]]:
         """See :meth:`metadist.worker.MetaWorker.compute`."""
 
 
@@ -76,18 +79,23 @@ class MetaWorker:
         runtime = experiment.config.runtime
         self._feedback = ErrorFeedback() if runtime.type == "ray" and runtime.wire == "bfloat16" else None
 
-    def compute(self, lease: Lease, weights: Sequence[np.ndarray]) -> tuple[Report, dict[Block, np.ndarray]]:
+    def compute(
+        self, lease: Lease, weights: Sequence[np.ndarray], room: Room | None = None
+    ) -> tuple[Report, dict[Block, np.ndarray]]:
         """Computes a lease.
 
         Args:
             lease: which microbatches.
             weights: the flat meta-parameters of ``lease.round.version`` in consecutive parts; read only.
+            room: gives memory for a vector from which it will be read; asked for where one partial sum is all.
 
         Returns:
             The report, and partial sums of the microbatches' gradients (none for an evaluation), in half their bytes
             with ``runtime.wire: bfloat16``.
         """
         params = self._params(lease.round.version, weights)
+        room = None if self._feedback else room
+        own_room = room if lease.stop - lease.start == 1 else None
         metrics: list[dict[str, torch.Tensor]] = []
         sums = TreeSum(lease.round.microbatches, hold=HOLD_OF_LEASE)
         bad: list[int] = []
@@ -100,7 +108,7 @@ class MetaWorker:
             elif lease.round.kind == "train":
                 self._prefetch.request(_following(lease.round), lease.start)
             result = self._microbatch(lease.round, m, params, batch)
-            gradient = self.layout.flatten(result.gradient).cpu() if lease.round.kind == "train" else None
+            gradient = self._flattened(result.gradient, own_room) if lease.round.kind == "train" else None
             bad += self._not_finite(lease.round, m, params, batch, result, gradient)
             metrics.append(result.metrics)
             if gradient is not None:
@@ -110,7 +118,7 @@ class MetaWorker:
         told = {k: torch.cat([some[k].reshape(-1) for some in metrics]).double().cpu().numpy() for k in metrics[0]}
         programs, gpu = self.learner.engine.programs, gpu_state(self.device)
         report = Report(lease, told, elapsed - waited, waited, bad, self._memory(), programs, gpu)
-        blocks = sums.held() if lease.round.kind == "train" else {}
+        blocks = sums.held(room or np.empty) if lease.round.kind == "train" else {}
         return report, blocks if self._feedback is None else self._feedback.rounded(blocks)
 
     def close(self) -> None:
@@ -170,6 +178,15 @@ class MetaWorker:
             return self.learner.meta_gradient(params, batch)
         with torch.no_grad():
             return TaskResults({}, self.learner.evaluate_in_full(params, batch))
+
+    def _flattened(self, gradient: dict[str, torch.Tensor], room: Room | None) -> torch.Tensor:
+        """A gradient as one vector in this process's memory."""
+        if room is None:
+            return self.layout.flatten(gradient).cpu()
+        flat = torch.from_numpy(room(self.layout.numel, self.layout.numpy_dtype))
+        if self._is_gpu:
+            return flat.copy_(self.layout.flatten(gradient))
+        return self.layout.flatten(gradient, flat)
 
     def _not_finite(
         self, round: Round, m: int, params: dict[str, torch.Tensor], batch: EpisodeBatch, result: TaskResults,

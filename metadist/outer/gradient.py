@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metadist.outer.vectors import ADD, Addends
+from metadist.outer.vectors import ADD, Addends, Room
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,11 @@ class Layout:
             wide = torch.promote_types(wide, d)
         return wide
 
+    @property
+    def numpy_dtype(self) -> np.dtype[Any]:
+        """:attr:`dtype` as numpy has it."""
+        return np.dtype(str(self.dtype).removeprefix("torch."))
+
     def places(self, named: Mapping[str, Any]) -> list[tuple[int, int, Any]]:
         """``(start, stop, what)`` in the vector for each ``name: what``, neighbours with the same ``what`` joined.
 
@@ -78,10 +83,10 @@ class Layout:
             start += size
         return found
 
-    def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """One vector ``[numel]`` in :attr:`dtype`, where the tensors are; a copy."""
+    def flatten(self, tensors: Mapping[str, Tensor], out: Tensor | None = None) -> Tensor:
+        """One vector ``[numel]`` in :attr:`dtype`: ``out``, or a new one where the tensors are; a copy."""
         device = tensors[self.names[0]].device if self.names else None
-        flat = torch.empty(self.numel, dtype=self.dtype, device=device)
+        flat = torch.empty(self.numel, dtype=self.dtype, device=device) if out is None else out
         start = 0
         for name, size in zip(self.names, self.sizes, strict=True):
             flat[start : start + size].copy_(tensors[name].detach().reshape(-1))
@@ -184,14 +189,14 @@ class TreeSum:
         """The sum, only to be read; see :meth:`addends`."""
         return self.addends(members).sum()
 
-    def held(self) -> dict[Block, np.ndarray]:
-        """The partial sums there are, merged as far as they go."""
-        self._merge()
+    def held(self, room: Room = np.empty) -> dict[Block, np.ndarray]:
+        """The partial sums there are, merged as far as they go; what all goes into one lies where ``room`` says."""
+        self._merge(room)
         return dict(self._held)
 
-    def _merge(self) -> None:
+    def _merge(self, room: Room = np.empty) -> None:
         """Puts the sum of each largest node that is there whole in place of its parts."""
-        merged: dict[Block, np.ndarray] = {}
+        merged: dict[Block, Addends] = {}
         open_ = [self._root]
         while open_:
             node = open_.pop()
@@ -200,10 +205,11 @@ class TreeSum:
             parts: list[Block] = []
             program: list[int] = []
             if self._whole(node, parts, program):
-                merged[node] = Addends(program, [self._held[b] for b in parts]).sum()
+                merged[node] = Addends(program, [self._held[b] for b in parts])
             elif node.level:
                 open_ += self._children(node)
-        self._held = merged
+        place = room if len(merged) == 1 else np.empty
+        self._held = {node: addends.sum(place) for node, addends in merged.items()}
 
     @property
     def _root(self) -> Block:

@@ -15,6 +15,9 @@ import torch
 
 from metadist.inner.kernels.build import function, load
 
+Room = Callable[[int, Any], np.ndarray]
+"""Gives a vector that is to be written to, for how many numbers it has and their dtype: ``numpy.empty``, for one."""
+
 ADD = -1
 _SOURCE = Path(__file__).with_name("vectors.cpp")
 _SUM = (
@@ -44,15 +47,16 @@ class Addends:
     program: Sequence[int]
     values: Sequence[np.ndarray]
 
-    def sum(self) -> np.ndarray:
-        """The sum ``[n]``: a new vector, or the one there is."""
+    def sum(self, room: Room = np.empty) -> np.ndarray:
+        """The sum ``[n]``: a new vector, in memory that ``room`` gives, or the one there is."""
         if len(self.program) == 1:
             return self.values[self.program[0]]
+        out = room(len(self.values[0]), self.values[0].dtype)
         summed = self._compiled("tree_sum", _SUM)
         if summed is None:
-            return _plainly(self.program, self.values)
-        out = np.empty(len(self.values[0]), self.values[0].dtype)
-        summed(*self._tree(), out.ctypes.data, len(out))
+            out[:] = _plainly(self.program, self.values)
+        else:
+            summed(*self._tree(), out.ctypes.data, len(out))
         return out
 
     def part(self, start: int, stop: int) -> np.ndarray:

@@ -93,7 +93,8 @@ class _Worker(WorkerProcess):
         self._writer.let_go(order.done)
         rest = iter(stored)
         weights = [next(rest) if part is None else self._reader.read(part)[None] for part in order.weights]
-        report, blocks = self._worker.compute(order.lease, weights)
+        room = self._writer.room if all(is_near for _, _, is_near in order.cuts) else None
+        report, blocks = self._worker.compute(order.lease, weights, room)
         near, far = (
             [{block: v[a:z] for block, v in blocks.items()} for a, z, is_near in order.cuts if is_near == wanted]
             for wanted in (True, False)

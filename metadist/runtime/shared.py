@@ -57,9 +57,38 @@ class Writer:
     def __init__(self) -> None:
         self._areas: dict[Area, tuple[int, mmap.mmap]] = {}
         self._free: list[Area] = []
+        self._given: list[Area] = []
+
+    def room(self, count: int, dtype: np.dtype[Any]) -> np.ndarray:
+        """A vector ``[count]`` in an area that is free, for what is then given to :meth:`write`: it lies there already.
+
+        It may be used until :meth:`write` or :meth:`let_go` is called, and after the first if it was given to it.
+        """
+        area, memory = self._room(_HEAD + _padded(count * np.dtype(dtype).itemsize))
+        self._given.append(area)
+        return np.frombuffer(memory, dtype, count, _HEAD)
 
     def write(self, parts: Sequence[Mapping[Any, np.ndarray]]) -> list[Shared]:
-        """Copies named arrays, of one dtype, into an area that is free; where they lie, part by part."""
+        """Puts named arrays, of one dtype, into one area; where they lie, part by part.
+
+        They are copied, unless all of them lie in one that :meth:`room` gave.
+        """
+        written = self._lie_there(parts) or self._copied(parts)
+        self._given = [area for area in self._given if area != written[0].area]
+        self._take_back()
+        return written
+
+    def _lie_there(self, parts: Sequence[Mapping[Any, np.ndarray]]) -> list[Shared] | None:
+        arrays = [array for part in parts for array in part.values()]
+        for area in self._given:
+            size, memory = self._areas[area]
+            start = np.frombuffer(memory, np.uint8).ctypes.data
+            if all(a.flags.c_contiguous and 0 <= a.ctypes.data - start <= size - a.nbytes for a in arrays):
+                at = [{name: (a.ctypes.data - start, a.size) for name, a in part.items()} for part in parts]
+                return [Shared(area, arrays[0].dtype.str, places) for places in at]
+        return None
+
+    def _copied(self, parts: Sequence[Mapping[Any, np.ndarray]]) -> list[Shared]:
         arrays = [array for part in parts for array in part.values()]
         dtype = np.dtype(arrays[0].dtype)
         area, memory = self._room(_HEAD + sum(_padded(array.nbytes) for array in arrays))
@@ -79,8 +108,13 @@ class Writer:
         return {name: np.frombuffer(memory, dtype, count, at) for name, (at, count) in shared.places.items()}
 
     def let_go(self, areas: Iterable[Area]) -> None:
-        """Nobody will read what is in these areas any more."""
+        """Nobody will read what is in these areas any more, nor write to what :meth:`room` gave."""
+        self._take_back()
         self._free += [area for area in dict.fromkeys(areas) if area in self._areas and area not in self._free]
+
+    def _take_back(self) -> None:
+        self._free += self._given
+        self._given = []
 
     def _room(self, size: int) -> tuple[Area, mmap.mmap]:
         """The smallest free area that is large enough, or a larger one in the place of the largest, or a new one."""

@@ -106,6 +106,37 @@ def test_a_users_own_learner_gets_a_copy() -> None:
     worker.close()
 
 
+@pytest.mark.parametrize(
+    ("first", "last", "kind", "wire", "rooms"),
+    [
+        (1, 2, "train", "float32", 1), (0, 4, "train", "float32", 1),
+        (1, 4, "train", "float32", 0),  # two partial sums
+        (1, 2, "train", "bfloat16", 0), (0, 4, "train", "bfloat16", 0), (0, 1, "evaluate", "float32", 0),
+    ],
+)  # fmt: skip
+def test_a_partial_sum_is_made_where_there_is_room_for_it(
+    first: int, last: int, kind: str, wire: str, rooms: int
+) -> None:
+    worker = MetaWorker(Experiment(validate({**sections("maml"), "runtime": {"type": "ray", "wire": wire}})))
+    weights = [worker.layout.flatten(worker.learner.initial_meta_params()).numpy()]
+    given: list[np.ndarray] = []
+
+    def room(count: int, dtype: Any) -> np.ndarray:
+        given.append(np.full(count, np.nan, dtype))
+        return given[-1]
+
+    lease = Lease(0, Round(kind, 0, "train", kind, 0, 8, 2), first, last)  # type: ignore[arg-type]
+    plain = worker.compute(lease, weights)[1] if wire == "float32" else {}  # what is rounded depends on what was before
+    found = worker.compute(lease, weights, room)[1]
+    worker.close()
+    assert len(given) == rooms
+    assert all(np.isfinite(v).all() for v in found.values()) or wire == "bfloat16"
+    if wire == "float32":
+        assert {b: v.tobytes() for b, v in found.items()} == {b: v.tobytes() for b, v in plain.items()}
+    for value, place in zip(found.values(), given, strict=False):
+        assert value.ctypes.data == place.ctypes.data
+
+
 def run(words: list[str], run_dir: Path) -> dict[str, Any]:
     done = CliRunner().invoke(main, words, catch_exceptions=False)
     assert done.exit_code == 0, done.output

@@ -45,7 +45,9 @@ class Worker:
     def __init__(self, experiment: Experiment, device: str) -> None:
         torch.set_num_threads(1)
 
-    def compute(self, lease: Lease, weights: Sequence[np.ndarray]) -> tuple[Report, dict[Block, np.ndarray]]:
+    def compute(
+        self, lease: Lease, weights: Sequence[np.ndarray], room: Any = None
+    ) -> tuple[Report, dict[Block, np.ndarray]]:
         flat = np.concatenate(weights)
         time.sleep(0.01 * (lease.stop - lease.start))
         values = (gradient(lease.round.version, m, flat) for m in range(lease.start, lease.stop))

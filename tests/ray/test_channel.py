@@ -143,7 +143,9 @@ def test_an_actor_that_does_not_open_its_end_in_time_is_called_by_ray(clerk: Any
 
 
 class Fails(OneEach):
-    def compute(self, lease: Lease, weights: Sequence[np.ndarray]) -> tuple[Report, dict[Block, np.ndarray]]:
+    def compute(
+        self, lease: Lease, weights: Sequence[np.ndarray], room: Any = None
+    ) -> tuple[Report, dict[Block, np.ndarray]]:
         if lease.start == 1 and lease.round.version:
             raise ValueError("a mistake of the user's")
         if lease.start == 2 and lease.round.version:

@@ -27,7 +27,9 @@ pytestmark = [
 class TellsWeights(OneEach):
     """Tells in its report with which weights it computed."""
 
-    def compute(self, lease: Lease, weights: Sequence[np.ndarray]) -> tuple[Report, dict[Block, np.ndarray]]:
+    def compute(
+        self, lease: Lease, weights: Sequence[np.ndarray], room: Any = None
+    ) -> tuple[Report, dict[Block, np.ndarray]]:
         report, blocks = super().compute(lease, weights)
         return Report(lease, {"loss": report.metrics["loss"], "weight": np.array([float(weights[0][0])])}, 0, 0), blocks
 

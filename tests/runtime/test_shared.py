@@ -83,6 +83,48 @@ def test_memory_is_written_to_again_once_it_is_let_go_of() -> None:
     assert fourth.area not in (second.area, third.area), "let go of once, it is free once"
 
 
+def test_what_lies_in_room_that_was_given_is_not_copied() -> None:
+    writer, reader = Writer(), Reader()
+    room = writer.room(10, np.dtype(np.float32))
+    room[:] = np.arange(10)
+    low, high = writer.write([{"a": room[:4]}, {"b": room[4:9], "c": room[9:]}])
+    assert low.area == high.area
+    assert reader.read(low)["a"].tolist() == [0, 1, 2, 3]
+    assert [v.tolist() for v in reader.read(high).values()] == [[4, 5, 6, 7, 8], [9]]
+    room[5] = 50
+    assert reader.read(high)["b"][1] == 50, "it is a copy"
+    other = writer.room(10, np.dtype(np.float32))
+    other[:] = 7
+    assert reader.read(low)["a"].tolist() == [0, 1, 2, 3], "it is somebody's still"
+    writer.let_go([low.area])
+    for _ in range(2):
+        writer.room(10, np.dtype(np.float32))[:] = 1
+    assert reader.read(low)["a"].tolist() == [1] * 4, "it was let go of"
+
+
+@pytest.mark.parametrize("inside", [0, 1, 2])
+def test_what_does_not_all_lie_there_is_copied_and_the_room_is_free_again(inside: int) -> None:
+    writer, reader = Writer(), Reader()
+    rooms = [writer.room(6, np.dtype(np.float64)) for _ in range(2)]
+    for i, room in enumerate(rooms):
+        room[:] = i
+    # None in a room; one of two; each in a room of its own.
+    arrays = [rooms[i] if i < inside else np.full(6, float(i)) for i in range(2)]
+    (found,) = writer.write([dict(enumerate(arrays))])
+    assert [v.tolist() for v in reader.read(found).values()] == [[0] * 6, [1] * 6]
+    assert all(not np.shares_memory(v, r) for v in writer.memory(found).values() for r in rooms)
+    again = [writer.room(6, np.dtype(np.float64)) for _ in range(2)]
+    assert {a.ctypes.data for a in again} == {r.ctypes.data for r in rooms}
+
+
+def test_room_that_was_not_used_is_free_once_something_is_let_go_of() -> None:
+    writer = Writer()
+    first = writer.room(6, np.dtype(np.float64)).ctypes.data
+    assert writer.room(6, np.dtype(np.float64)).ctypes.data != first
+    writer.let_go([])
+    assert first in {writer.room(6, np.dtype(np.float64)).ctypes.data for _ in range(2)}
+
+
 def test_it_stays_with_who_opened_it(another: tuple[subprocess.Popen[bytes], Shared]) -> None:
     process, shared = another
     reader = Reader()

@@ -17,6 +17,7 @@ from metadist.config import validate
 from metadist.experiment import Experiment
 from metadist.models import Conv4
 from metadist.outer.gradient import Block, partial_sums
+from metadist.outer.vectors import Room
 from metadist.runtime.controller import Controller
 from metadist.runtime.ray import RayBackend
 from metadist.worker import Lease, Report, Round
@@ -55,21 +56,35 @@ class EmulatedWorker:
         torch.set_num_threads(1)
         self._numel, self._seconds = numel, seconds
         self._made: dict[int, np.ndarray] = {}
+        self._there: dict[int, int] = {}
         self._params: np.ndarray | None = None
 
-    def compute(self, lease: Lease, weights: Sequence[np.ndarray]) -> tuple[Report, dict[Block, np.ndarray]]:
-        """The lease's gradients, made once for each microbatch; weights of one shard are used where they lie."""
+    def compute(
+        self, lease: Lease, weights: Sequence[np.ndarray], room: Room | None = None
+    ) -> tuple[Report, dict[Block, np.ndarray]]:
+        """The lease's gradients, made once for each microbatch; weights of one shard are used where they lie.
+
+        That of a lease of one microbatch is made where ``room`` says, as a real worker's is: made once for each place.
+        """
         self._params = weights[0] if len(weights) == 1 else np.concatenate(weights)
         members = range(lease.start, lease.stop)
+        made = self._made if room is None or len(members) > 1 else {lease.start: self._made_at(room, lease.start)}
         for m in members:
-            if m not in self._made:
-                self._made[m] = gradient(self._numel, m)
+            if m not in made:
+                made[m] = gradient(self._numel, m)
         wait = self._seconds * len(members)
         if wait:
             time.sleep(wait)
         tasks = sum(len(lease.round.episodes(m)) for m in members)
         report = Report(lease, {"loss": np.zeros(tasks)}, wait, 0.0)
-        return report, partial_sums(lease.start, (self._made[m] for m in members), lease.round.microbatches)
+        return report, partial_sums(lease.start, (made[m] for m in members), lease.round.microbatches)
+
+    def _made_at(self, room: Room, microbatch: int) -> np.ndarray:
+        place = room(self._numel, np.float32)
+        if self._there.get(place.ctypes.data) != microbatch:
+            place[:] = gradient(self._numel, microbatch)
+            self._there[place.ctypes.data] = microbatch
+        return place
 
 
 class OneSlowWorker(EmulatedWorker):
