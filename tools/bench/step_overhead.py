@@ -1,6 +1,8 @@
 """What the distributed layer costs: the time of a meta-update whose microbatches cost nothing to compute.
 
-Workers answer at once with gradients made before; leases, object store, sum, update and commit are the real ones.
+Workers answer at once, each with the gradient of one microbatch, made before; leases, sum, update and commit are the
+real ones. A real worker makes its gradient in memory of the node, where the server reads it: so there it lies, and is
+not copied. Ray's example has it in arrays of its own, which Ray copies into its store.
 Beside it, in turns, with the processes of all living at once where memory has room for them:
 
 - the pattern of Ray's parameter-server example: state dicts and lists of arrays (``speedup_over_ray_example``),
@@ -39,6 +41,7 @@ sys.path.insert(0, str(ROOT))  # for tools.bench, from wherever this is run, and
 
 from metadist.config.schema import RuntimeConfig  # noqa: E402
 from metadist.runtime.cluster import connect  # noqa: E402
+from metadist.simulator import PlainPace  # noqa: E402
 from tools.bench._tables import cells, keep_rows, show_table  # noqa: E402
 from tools.bench.distribution_parts.emulated import EmulatedRun, gradient, numbers  # noqa: E402
 from tools.bench.distribution_parts.peers import Example  # noqa: E402
@@ -123,6 +126,7 @@ class Ours:
 
     def __init__(self, run: EmulatedRun) -> None:
         self._run, self.close = run, run.close
+        run.controller.pace = PlainPace(run.controller.pace.timeout_s)
 
     def warmed_up(self) -> np.ndarray:
         self._run.steps(WARM_UP)

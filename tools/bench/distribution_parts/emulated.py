@@ -17,7 +17,7 @@ from metadist.config import validate
 from metadist.experiment import Experiment
 from metadist.models import Conv4
 from metadist.outer.gradient import Block, partial_sums
-from metadist.outer.vectors import Room
+from metadist.outer.vectors import Room, copy_into
 from metadist.runtime.controller import Controller
 from metadist.runtime.ray import RayBackend
 from metadist.worker import Lease, Report, Round
@@ -64,14 +64,17 @@ class EmulatedWorker:
     ) -> tuple[Report, dict[Block, np.ndarray]]:
         """The lease's gradients, made once for each microbatch; weights of one shard are used where they lie.
 
-        That of a lease of one microbatch is made where ``room`` says, as a real worker's is: made once for each place.
+        That of a lease of one microbatch lies where ``room`` says, as a real worker's does; it is copied there if it
+        was another's that lay there.
         """
         self._params = weights[0] if len(weights) == 1 else np.concatenate(weights)
         members = range(lease.start, lease.stop)
-        made = self._made if room is None or len(members) > 1 else {lease.start: self._made_at(room, lease.start)}
         for m in members:
-            if m not in made:
-                made[m] = gradient(self._numel, m)
+            if m not in self._made:
+                self._made[m] = gradient(self._numel, m)
+        made = self._made
+        if room is not None and len(members) == 1:
+            made = {lease.start: self._lying_at(room(self._numel, np.float32), lease.start)}
         wait = self._seconds * len(members)
         if wait:
             time.sleep(wait)
@@ -79,10 +82,9 @@ class EmulatedWorker:
         report = Report(lease, {"loss": np.zeros(tasks)}, wait, 0.0)
         return report, partial_sums(lease.start, (made[m] for m in members), lease.round.microbatches)
 
-    def _made_at(self, room: Room, microbatch: int) -> np.ndarray:
-        place = room(self._numel, np.float32)
+    def _lying_at(self, place: np.ndarray, microbatch: int) -> np.ndarray:
         if self._there.get(place.ctypes.data) != microbatch:
-            place[:] = gradient(self._numel, microbatch)
+            copy_into(place, self._made[microbatch])
             self._there[place.ctypes.data] = microbatch
         return place
 
