@@ -7,8 +7,12 @@ spread evenly over all (cf. Rabenseifner 2004, "Optimization of collective reduc
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+import os
+import socket
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -23,6 +27,10 @@ from metadist.outer.update import norm_of
 from metadist.rounds import Lease, Report
 from metadist.server import ParameterServer
 from metadist.worker import LeaseWorker
+
+_INTERFACE = "GLOO_SOCKET_IFNAME"
+_SIOCGIFADDR = 0x8915
+"""Linux asks an interface for its address by this number."""
 
 
 @dataclass(frozen=True)
@@ -176,12 +184,47 @@ class Member:
 def join(host: str, port: int, rank: int, world: int, timeout_s: float) -> None:
     """Makes this process a rank of a gloo group whose rank 0 listens at ``host:port``.
 
+    The others reach it by the network that leads there; by that of ``GLOO_SOCKET_IFNAME``, if that is set.
+
     Args:
         timeout_s: after how much silence of the others an exchange fails.
     """
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://{host}:{port}", rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s)
-    )
+    with _gloo_by(_interface_to(host, port)):
+        dist.init_process_group(
+            "gloo", init_method=f"tcp://{host}:{port}", rank=rank, world_size=world,
+            timeout=timedelta(seconds=timeout_s),
+        )  # fmt: skip
+
+
+def _interface_to(host: str, port: int) -> str:
+    """The network interface by which this process reaches a host; empty where the system does not tell.
+
+    Left to itself gloo takes the address that the host's own name stands for, which on many a system is a loopback.
+    """
+    with contextlib.suppress(OSError, ImportError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
+        import fcntl
+
+        way.connect((host, port))  # sends nothing
+        own = socket.inet_aton(way.getsockname()[0])
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # it has no address
+                told = fcntl.ioctl(way.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()))
+                if told[20:24] == own:
+                    return name
+    return ""
+
+
+@contextlib.contextmanager
+def _gloo_by(interface: str) -> Iterator[None]:
+    """Gloo groups that are made meanwhile use an interface, unless the user has named one."""
+    if not interface or _INTERFACE in os.environ:
+        yield
+        return
+    os.environ[_INTERFACE] = interface
+    try:
+        yield
+    finally:
+        del os.environ[_INTERFACE]
 
 
 def _summed(blocks: Iterable[Mapping[Block, np.ndarray]], count: int) -> dict[Block, np.ndarray]:

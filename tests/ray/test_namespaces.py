@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 CONFIG = ROOT / "configs" / "sinusoid_maml.yaml"
 OPTIONS = {
     # 265 kB of gradient: too large to travel within a message.
-    "model.hidden": "[256,256]", "outer.steps": 60, "outer.meta_batch_size": 6, "outer.tasks_per_microbatch": 1,
+    "model.hidden": "[256,256]", "outer.steps": 300, "outer.meta_batch_size": 6, "outer.tasks_per_microbatch": 1,
     "engine.compile": "false", "evaluation.episodes": 20, "tracking.wandb.mode": "disabled",
 }  # fmt: skip
 ELSEWHERE = {"runtime.type": "ray", "runtime.workers": 2, "runtime.lease_timeout_s": 20, **OPTIONS}

@@ -115,7 +115,7 @@ def learn(side: str, seed: int, steps: int, every: int) -> Curve:
             "tracking.wandb.mode": "disabled",
         }  # fmt: skip
         command = [sys.executable, "-m", "metadist.cli", "train", str(ROOT / "configs" / "sinusoid_maml.yaml")]
-        command += [f"{k}={json.dumps(v)}" for k, v in words.items()] + ["--run-dir", f"{folder}/run"]
+        command += [f"{k}={json.dumps(v)}" for k, v in words.items()] + ["--allow-code", "--run-dir", f"{folder}/run"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{side}: the run ended with {done.returncode}:\n{done.stdout}{done.stderr}")
