@@ -18,6 +18,7 @@ from metadist.config.load import read_yaml, resolve_overrides
 from metadist.errors import CheckpointError, RunDirError
 from metadist.files import sweep, write_atomically
 from metadist.storage import Store, open_store
+from metadist.tracking.jsonl import plain
 
 _OWNER = "run_id"
 
@@ -120,8 +121,8 @@ class RunDirectory:
         return validate(data, where=str(self.config_file))
 
     def save_summary(self, summary: dict[str, Any]) -> None:
-        """Writes ``summary.json``."""
-        write_atomically(self.summary_file, json.dumps(summary, indent=2, allow_nan=False) + "\n")
+        """Writes ``summary.json``; a number that is not finite, such as the interval of one episode, is null there."""
+        write_atomically(self.summary_file, json.dumps(plain(summary), indent=2, allow_nan=False) + "\n")
 
     def run_id(self) -> str:
         """The run's own id, of Weights & Biases too; made up when it is first asked for."""
