@@ -143,7 +143,7 @@ def rows_of(curves: Mapping[str, Sequence[Curve]]) -> list[dict[str, Any]]:
             row[name] = statistics.mean(mine for mine, _ in errors)
             row[f"{difference or 'error_'}less_waits"] = statistics.mean(less)
             row[f"{difference}standard_error"] = (
-                statistics.stdev(less) / math.sqrt(len(less)) if len(less) > 1 else math.nan
+                statistics.stdev(less) / math.sqrt(len(less)) if len(less) > 1 else None
             )
         row["mean_staleness"] = statistics.mean(c.mean_staleness for c in own)
         row["most_stale"] = max(c.most_stale for c in own)
@@ -166,11 +166,11 @@ def draw(curves: Mapping[str, Sequence[Curve]], path: Path) -> None:
             label = side if curve is own[0] else None
             by_updates.plot(updates[1:], curve.errors[1:], color=f"C{number}", linewidth=1, label=label)
             by_seconds.plot(curve.seconds[1:], curve.errors[1:], color=f"C{number}", linewidth=1)
-    by_updates.set(xlabel="updates", ylabel="squared error after adaptation", yscale="log")
+    by_updates.set(xlabel="updates", ylabel="squared error after adaptation")
     by_seconds.set(xlabel="seconds of training")
     by_updates.legend(frameon=False)
     for axes in (by_updates, by_seconds):
-        axes.grid(alpha=0.3, which="both")
+        axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
