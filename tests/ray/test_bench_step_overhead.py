@@ -45,7 +45,9 @@ def test_all_sides_agree_and_a_row_is_whole(capsys: pytest.CaptureFixture[str], 
 class Still:
     """A side that makes no step."""
 
-    def __init__(self, model: str, workers: int, shards: int = 1, moved: float = 0.0) -> None:
+    def __init__(
+        self, model: str, workers: int, shards: int = 1, moved: float = 0.0, equal_shares: bool = False
+    ) -> None:
         self.moved, self.closed = moved, False
 
     def step(self) -> None: ...

@@ -35,7 +35,7 @@ sys.path.insert(0, str(ROOT))  # for tools.bench, from wherever this is run, and
 
 from metadist.config.schema import RuntimeConfig  # noqa: E402
 from metadist.runtime.cluster import connect  # noqa: E402
-from metadist.simulator import Arrangement, Cluster, Compute, Costs, PlainPace, Work, simulate  # noqa: E402
+from metadist.simulator import Arrangement, Cluster, Compute, Costs, Work, simulate  # noqa: E402
 from metadist.simulator.presets import this_machine  # noqa: E402
 from tools.bench._tables import cells, keep_rows, show_table  # noqa: E402
 from tools.bench.distribution_parts.calibration import Measured, costs_of, measured_steps  # noqa: E402
@@ -94,9 +94,9 @@ def straggler(seconds: float, steps: int, slow_by: float, each: int, rounds: int
             for name in times:
                 make = functools.partial(OneSlowWorker, Path(folder) / name, 1.0 if name == "equal" else slow_by)
                 runs[name] = EmulatedRun(
-                    "conv4", EIGHT, microbatches=each * EIGHT, seconds=seconds / each, make_worker=make
-                )
-            runs["plain"].controller.pace = PlainPace(600.0)
+                    "conv4", EIGHT, microbatches=each * EIGHT, seconds=seconds / each, make_worker=make,
+                    equal_shares=name == "plain",
+                )  # fmt: skip
             for name, run in runs.items():
                 run.steps(WARM_UP)
                 assert run.version == WARM_UP, name

@@ -41,7 +41,6 @@ sys.path.insert(0, str(ROOT))  # for tools.bench, from wherever this is run, and
 
 from metadist.config.schema import RuntimeConfig  # noqa: E402
 from metadist.runtime.cluster import connect  # noqa: E402
-from metadist.simulator import PlainPace  # noqa: E402
 from tools.bench._tables import cells, keep_rows, show_table  # noqa: E402
 from tools.bench.distribution_parts.emulated import EmulatedRun, gradient, numbers  # noqa: E402
 from tools.bench.distribution_parts.peers import Example  # noqa: E402
@@ -71,7 +70,7 @@ def compare(
     """
     together = memory_for_both(model, workers) if together is None else together
     makers: list[Callable[[], Side]] = [
-        lambda: Ours(EmulatedRun(model, workers, shards=shards)),
+        lambda: Ours(EmulatedRun(model, workers, shards=shards, equal_shares=True)),
         lambda: Theirs(Example(model, workers), model, workers),
     ]
     found: dict[str, list[float]] = {}
@@ -126,7 +125,6 @@ class Ours:
 
     def __init__(self, run: EmulatedRun) -> None:
         self._run, self.close = run, run.close
-        run.controller.pace = PlainPace(run.controller.pace.timeout_s)
 
     def warmed_up(self) -> np.ndarray:
         self._run.steps(WARM_UP)

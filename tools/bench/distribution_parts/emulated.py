@@ -20,6 +20,7 @@ from metadist.outer.gradient import Block, partial_sums
 from metadist.outer.vectors import Room, copy_into
 from metadist.runtime.controller import Controller
 from metadist.runtime.ray import RayBackend
+from metadist.simulator import PlainPace
 from metadist.worker import Lease, Report, Round
 
 
@@ -119,11 +120,12 @@ class EmulatedRun:
         seconds: that a worker waits for each.
         shards: of the parameter server.
         make_worker: ``(numel, seconds, experiment, device)`` in place of :class:`EmulatedWorker`.
+        equal_shares: every worker gets as much, however fast it was, and nothing is leased twice.
     """
 
     def __init__(
         self, model: str, workers: int, microbatches: int | None = None, seconds: float = 0.0, shards: int = 1,
-        make_worker: Any = EmulatedWorker,
+        make_worker: Any = EmulatedWorker, equal_shares: bool = False,
     ) -> None:  # fmt: skip
         self.numel, self.count = numbers(model), microbatches or workers
         config = validate({
@@ -136,6 +138,8 @@ class EmulatedRun:
         start = {"version": 0, "weights": np.zeros(self.numel, np.float32), "outer_state": {}}
         self.backend.start(start, outer)
         self.controller = Controller(self.backend)
+        if equal_shares:
+            self.controller.pace = PlainPace(self.controller.pace.timeout_s)
         while len(self.backend.workers()) < workers:
             self.backend.wait(1.0)
         self.version = 0
