@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from metadist.simulator import Costs
+from metadist.simulator import Costs, PlainPace
 from tools.bench import scaling
 from tools.bench.distribution_parts.calibration import Measured, costs_of
 
@@ -67,7 +67,7 @@ def test_a_prediction_adds_the_costs_to_the_wait() -> None:
 
 
 def test_plain_steps_share_equally_and_wait() -> None:
-    pace = scaling.PlainPace(600.0)
+    pace = PlainPace(600.0)
     for _ in range(2):
         pace.note("train", 0, 1, 0.1)
         pace.note("train", 1, 1, 0.5)
