@@ -14,6 +14,7 @@ import json
 import os
 import random
 import select
+import socket
 import struct
 import subprocess
 import sys
@@ -90,7 +91,7 @@ class Wire(threading.Thread):
         return end
 
     def run(self) -> None:
-        numbers = {socket_address(address(node)): node for node in range(len(self._ends))}
+        numbers = {socket.inet_aton(address(node)): node for node in range(len(self._ends))}
         ends = {end: node for node, end in enumerate(self._ends)}
         under_way: list[tuple[float, int, int, bytes]] = []
         count = itertools.count()
@@ -119,11 +120,6 @@ class Wire(threading.Thread):
         for node, end in enumerate(self._ends):
             os.close(end)
             subprocess.run(["ip", "netns", "delete", _name(node)], check=False, capture_output=True)
-
-
-def socket_address(text: str) -> bytes:
-    """The four bytes of an address."""
-    return bytes(map(int, text.split(".")))
 
 
 def _read(end: int) -> Iterator[bytes]:

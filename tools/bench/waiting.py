@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import math
 import os
@@ -30,9 +31,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # for tools.bench, from wherever this is run
 
+from metadist.tracking.jsonl import EVALUATIONS, METRICS, read_lines  # noqa: E402
 from tools.bench._tables import cells, keep_rows, show_table  # noqa: E402
 
 SIDES: dict[str, dict[str, Any]] = {
@@ -71,21 +75,14 @@ class Curve:
 
     def at(self, seconds: float) -> float:
         """The error after so many seconds, on the straight line between two evaluations."""
-        for i in range(1, len(self.seconds)):
-            if seconds <= self.seconds[i]:
-                part = (seconds - self.seconds[i - 1]) / (self.seconds[i] - self.seconds[i - 1])
-                return self.errors[i - 1] + part * (self.errors[i] - self.errors[i - 1])
-        return self.errors[-1]
+        return float(np.interp(seconds, self.seconds, self.errors))
 
 
 def read_curve(folder: Path) -> Curve:
     """Of a run directory."""
-    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    found = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
-    evaluations = [e for e in found if e["split"] == "validation"]
-    spent = [0.0]
-    for step in steps:
-        spent.append(spent[-1] + step["step_s"])
+    steps = read_lines(folder / METRICS)
+    evaluations = [e for e in read_lines(folder / EVALUATIONS) if e["split"] == "validation"]
+    spent = list(itertools.accumulate((step["step_s"] for step in steps), initial=0.0))
     return Curve(
         (0.0, *(spent[e["version"]] for e in evaluations)),
         (evaluations[0]["pre_adaptation"], *(e["mean"] for e in evaluations)),
