@@ -19,7 +19,7 @@ from metadist.episode import EpisodeBatch
 from metadist.experiment import DTYPES, Experiment
 from metadist.inner.memory import LARGE, hand_back_what_is_freed, resident_growth
 from metadist.outer.gradient import HOLD_OF_LEASE, Block, Layout, TreeSum
-from metadist.outer.vectors import Room
+from metadist.outer.vectors import Room, all_finite
 from metadist.outer.wire import ErrorFeedback
 from metadist.rounds import Lease, Moment, Report, Round
 from metadist.seeding import Rng
@@ -197,13 +197,13 @@ class MetaWorker:
         losses = torch.isfinite(result.metrics["loss"].reshape(-1)).tolist()
         if not all(losses):
             return [n for n, ok in zip(numbers, losses, strict=True) if not ok]
-        if gradient is None or bool(torch.isfinite(gradient).all()):
+        if gradient is None or all_finite(gradient):
             return []
         alone = [self._microbatch(round, m, params, EpisodeBatch.stack([e]), place) for place, e in enumerate(batch)]
         bad = [
             n
             for n, r in zip(numbers, alone, strict=True)
-            if not all(bool(torch.isfinite(g).all()) for g in r.gradient.values())
+            if not all(map(all_finite, r.gradient.values()))
         ]
         return bad or list(numbers)
 

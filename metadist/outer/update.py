@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from metadist.inner.memory import LARGE, hand_back_what_is_freed
-from metadist.outer.vectors import Addends
+from metadist.outer.vectors import Addends, all_finite
 
 _CHUNK = 1 << 16
 
@@ -109,7 +109,7 @@ class MetaUpdate:
         ruled = [
             (a, z, self._ruled(a, z, rule, torch.from_numpy(gradients.part(a, z)), tasks)) for a, z, rule in rules
         ]
-        if not all(bool(torch.isfinite(values).all()) for _, _, values in ruled):
+        if not all(all_finite(values) for _, _, values in ruled):
             raise FloatingPointError("an average or carried state is not finite")
         bounds = self._bounds
         mean, squares = gradients.mean_and_squares(tasks, bounds, torch.get_num_threads())

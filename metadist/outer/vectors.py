@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -121,6 +122,15 @@ def copy_into(place: np.ndarray, values: np.ndarray) -> None:
         place[:] = values
     else:
         library.copy(*(ctypes.c_void_p(v.ctypes.data) for v in (values, place)), ctypes.c_int64(values.nbytes))
+
+
+def all_finite(values: torch.Tensor) -> bool:
+    """Whether no number is NaN or infinite, in one pass, without memory in which to note it number by number.
+
+    Args:
+        values: of any shape, floating point.
+    """
+    return not values.numel() or all(math.isfinite(end) for end in torch.aminmax(values))
 
 
 def _shared_out(work: Callable[[int, int], None], count: int, threads: int) -> None:

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from metadist.inner.memory import peak_bytes
 from metadist.outer import vectors as passes
 from metadist.outer.gradient import Block, TreeSum
-from metadist.outer.vectors import ADD, Addends
+from metadist.outer.vectors import ADD, Addends, all_finite
 
 TREES = st.recursive(st.just([0]), lambda t: st.tuples(t, t).map(lambda ab: [*ab[0], *ab[1], ADD]), max_leaves=40)
 
@@ -154,3 +156,18 @@ def test_a_square_of_what_is_not_finite_is_not_finite(bad: float) -> None:
     assert not np.isfinite(passes._mean_plainly(vector.copy(), 2.0))
     _, squares = Addends([0], [vector]).mean_and_squares(2.0, np.array([0, 17, 18, 40]))
     assert np.isfinite(squares).tolist() == [True, False, True]
+
+
+@given(
+    st.integers(1, 70), st.sampled_from([np.inf, -np.inf, np.nan]), st.data(),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+)  # fmt: skip
+def test_one_number_that_is_not_finite_is_found_wherever_it_is(n: int, bad: float, data, dtype: torch.dtype) -> None:
+    values = torch.full((n,), torch.finfo(dtype).max, dtype=dtype)  # no sum of these is finite
+    assert all_finite(values) and all_finite(-values) and all_finite(values[:0])
+    values[data.draw(st.integers(0, n - 1))] = bad
+    assert not all_finite(values) and not all_finite(values.reshape(n, 1))
+
+
+def test_looking_for_what_is_not_finite_takes_no_memory() -> None:
+    assert peak_bytes(lambda: all_finite(torch.ones(1).expand(1 << 20))) < 64
