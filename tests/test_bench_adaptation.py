@@ -248,6 +248,7 @@ def test_it_explains_itself_and_refuses_what_it_does_not_know(capsys: pytest.Cap
     assert end.value.code == 2 and "no workload is called A9; there are A1, A5" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_growth_with_the_inner_steps_is_measured(tmp_path: Path) -> None:
     kept = tmp_path / "growth.json"
     words = ["--growth", "--workloads", "D1,E", "--implementations", "adjoint", "--json", str(kept)]

@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCH = Path(__file__).resolve().parents[1] / "tools" / "bench" / "choice.py"
 
 
+@pytest.mark.slow
 def test_the_choice_is_among_what_was_timed(tmp_path: Path) -> None:
     kept = tmp_path / "rows.json"
     command = [sys.executable, str(BENCH), "--quick", "--workloads", "D1", "--json", str(kept)]

@@ -48,6 +48,7 @@ def check_rows(found: list[dict[str, Any]], waves: int) -> None:
         assert (row["step_size"] is None) == (row["learner"] == "oracle" or row["gradient_steps"] == 0)
 
 
+@pytest.mark.slow
 def test_it_writes_rows_a_picture_and_a_table(tiny: Path) -> None:
     check_rows(rows(tiny / "out" / "sines.json"), 8)
     setup = json.loads((tiny / "out" / "sines.json").read_text())["setup"]

@@ -62,6 +62,7 @@ def test_a_way_with_another_gradient_is_not_timed(config: Path, monkeypatch: pyt
     assert wrong and all("away from the loop's" in t.reason and not t.seconds for t in wrong)
 
 
+@pytest.mark.slow
 def test_a_way_that_takes_too_much_memory_is_not_timed(config: Path) -> None:
     free = EngineBench(Experiment(load_config(config)), rounds=1, compile=False)
     free.run()

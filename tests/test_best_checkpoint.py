@@ -57,6 +57,7 @@ def test_a_run_that_never_judged_itself_has_no_best(tmp_path: Path) -> None:
     assert "holds no best checkpoint" in told and "evaluation.every" in told
 
 
+@pytest.mark.slow
 def test_what_was_lost_is_counted_though_the_checkpoints_know_nothing_of_it(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     metadist("train", ROOT / "configs" / "sinusoid_maml.yaml", *SHORT, "checkpoint.keep=9", "--run-dir", run_dir)

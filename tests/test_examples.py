@@ -56,7 +56,12 @@ def test_every_command_of_the_tutorial(workspace: Path) -> None:
     assert json.loads((workspace / "runs" / "workers" / "summary.json").read_text())["workers"] == 2
 
 
-@pytest.mark.parametrize("program", PROGRAMS, ids=["parts", "learner"])
+IDS = {"parts": [pytest.mark.slow], "learner": []}
+
+
+@pytest.mark.parametrize(
+    "program", [pytest.param(p, id=i, marks=m) for p, (i, m) in zip(PROGRAMS, IDS.items(), strict=True)]
+)
 def test_the_programs_of_the_tutorial(workspace: Path, program: str) -> None:
     (workspace / "program.py").write_text(program)
     done = shell(f"{sys.executable} program.py", workspace)

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import ROOT, group_of
 
 TEST = """
@@ -18,6 +20,7 @@ def test_one(number):
 """
 
 
+@pytest.mark.slow
 def test_a_file_is_run_by_one_process(tmp_path: Path) -> None:
     folder = tmp_path / "tests"
     folder.mkdir()

@@ -180,7 +180,7 @@ def renamed_shard(name: str) -> Callable[[Path, Path], None]:
     ],
     ids=["pickled index", "pickle", "zip bomb", "pickled block", "pipe", "parent", "absolute", "url"],
 )
-@pytest.mark.parametrize("command", ["train", "verify"])
+@pytest.mark.parametrize("command", [pytest.param("train", marks=pytest.mark.slow), "verify"])
 def test_a_shard_set_is_refused(
     shards: Path, mark: Path, tmp_path: Path, spoil: Callable[[Path, Path], None], told: str, command: str
 ) -> None:

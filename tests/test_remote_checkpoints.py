@@ -99,7 +99,8 @@ def test_checkpoints_live_on_an_s3_server(bucket: str, undisturbed: str, tmp_pat
     assert bucket in kept and "a-secret-word" not in kept, "credentials stay in the environment"
 
 
-@pytest.mark.parametrize("kind", ["folder", *(pytest.param(k, marks=pytest.mark.slow) for k in ("file", "memory"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["folder", "file", "memory"])
 def test_checkpoints_live_in_other_places(kind: str, undisturbed: str, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     url = {"folder": str(elsewhere), "file": f"file://{elsewhere}", "memory": f"memory://{tmp_path.name}"}[kind]

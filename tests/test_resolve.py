@@ -165,8 +165,12 @@ class Forked(Dropped):
 
 @pytest.mark.parametrize("traced", [False, True])
 @pytest.mark.parametrize(
-    "name, model", [("maml", None), ("anil", None), ("mann", None), ("maml", Dropped), ("maml", Forked)]
-)
+    "name, model",
+    [
+        ("maml", None), ("anil", None), pytest.param("mann", None, marks=pytest.mark.slow), ("maml", Dropped),
+        ("maml", Forked),
+    ],
+)  # fmt: skip
 def test_shapes_alone_tell_how_a_large_model_is_computed(
     name: str, model: Any, traced: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,6 +183,7 @@ def test_shapes_alone_tell_how_a_large_model_is_computed(
     assert wanted[0] == {Dropped: "loop", Forked: "adjoint", None: "vectorised"}[model]
 
 
+@pytest.mark.slow
 def test_a_budget_that_nothing_keeps_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"engine.memory: is 10\.0KB, but a task by itself takes .*raise it"):
         resolve(experiment(memory="10kB"))

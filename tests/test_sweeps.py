@@ -63,6 +63,7 @@ def test_it_is_of_the_schema_of_wandb(path: Path) -> None:
     jsonschema.Draft7Validator(schema).validate(yaml.safe_load(path.read_text()))
 
 
+@pytest.mark.slow
 def test_the_command_of_an_agent_runs_and_the_run_is_the_one_it_announced(tmp_path: Path) -> None:
     sweep = _sweep(ROOT / "configs" / "sweeps" / "glyphs_rates.yaml")
     parameters = tmp_path / "parameters.yaml"

@@ -339,6 +339,7 @@ torch.save(outputs, f"{folder}/outputs.pt")
 """
 
 
+@pytest.mark.slow
 def test_exported_programs_give_the_same_with_torch_alone(runs: Path, mine: Path) -> None:
     inputs = [torch.rand(n, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(n)) for n in (2, 1, 7)]
     torch.save(inputs, mine / "inputs.pt")

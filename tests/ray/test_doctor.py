@@ -97,6 +97,7 @@ def planted(cluster: Head, tmp_path: Path):
     wait_for_nodes(cluster, 2)
 
 
+@pytest.mark.slow
 def test_planted_faults_are_found_with_their_mending(planted: Head, tmp_path: Path) -> None:
     (tmp_path / "shards.yaml").write_text((ROOT / "configs" / "omniglot_5way1shot_maml.yaml").read_text())
     words = [str(tmp_path / "shards.yaml"), f"tasks.path={tmp_path}/set", "tasks.ways=2", "tasks.shots=1",

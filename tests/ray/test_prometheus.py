@@ -19,6 +19,7 @@ from tests.ray.test_same_answer_anywhere import invoke
 ELSEWHERE = {"metadist_dropped_gradients", "metadist_gpu_utilisation", "metadist_gpu_memory_bytes"}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster", "no_pictures")
 def test_the_metrics_endpoint_holds_the_figures_of_a_run(tmp_path: Path) -> None:
     words = ["name=watched", "runtime.workers=2", "outer.steps=6", "outer.meta_batch_size=8", "model.filters=8",

@@ -168,9 +168,10 @@ def test_a_worker_lost_in_the_middle_changes_nothing(omniglot_shards, undisturbe
         assert not alive(lost[0]), "a stopped process is ended, or it would keep its memory and its GPU"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shards", "fault"),
-    [(2, signal.SIGKILL), pytest.param(1, signal.SIGSTOP, marks=pytest.mark.slow)],
+    [(2, signal.SIGKILL), (1, signal.SIGSTOP)],
     ids=["killed", "stopped"],
 )
 @pytest.mark.usefixtures("cluster")

@@ -70,7 +70,7 @@ def update(run: RayBackend, version: int, first: int) -> None:
     run.commit(version, MICROBATCHES)
 
 
-@pytest.mark.parametrize("shards", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("shards", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_nothing_is_sent_but_where_it_lies(backend: Callable[..., RayBackend], shards: int) -> None:
     run = backend(server_shards=shards)
     for version in range(3):

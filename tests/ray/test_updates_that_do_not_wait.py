@@ -114,6 +114,7 @@ def test_an_asynchronous_run_that_was_killed_goes_on_and_is_replayed_to_the_bit(
     assert both[0]["meta_params_sha256"] == both[1]["meta_params_sha256"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_a_run_with_a_quorum_names_what_it_left_out_and_is_replayed_to_the_bit(omniglot_shards, tmp_path):
     run_dir = tmp_path / "run"

@@ -114,7 +114,7 @@ def test_alerts_are_kept_and_a_checkpoints_config_is_not_sent_if_it_holds_a_secr
     assert "WANDB_DATA_DIR" not in os.environ
 
 
-@pytest.mark.parametrize("rows", (1, 2000))
+@pytest.mark.parametrize("rows", [1, pytest.param(2000, marks=pytest.mark.slow)])
 def test_an_offline_run_is_whole_once_it_is_finished(tmp_path: Path, rows: int) -> None:
     tracker = WandbTracker(mode="offline")
     tracker.start(RunInfo(tmp_path))
