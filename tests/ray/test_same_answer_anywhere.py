@@ -150,7 +150,9 @@ def test_a_killed_and_resumed_run_gives_the_same_bits(omniglot_shards, undisturb
 
 
 @pytest.mark.parametrize(
-    "fault", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)], ids=["killed", "stopped"]
+    "fault",
+    [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=[pytest.mark.slow, pytest.mark.timeout(900)])],
+    ids=["killed", "stopped"],
 )
 @pytest.mark.usefixtures("cluster")
 def test_a_worker_lost_in_the_middle_changes_nothing(omniglot_shards, undisturbed, tmp_path, fault):
