@@ -118,7 +118,13 @@ def hand_back_what_is_freed() -> None:
         libc = ctypes.CDLL(None)
         for option, value in _MALLOPT.items():
             libc.mallopt(option, value)
-        libc.malloc_trim(0)
+    trim()
+
+
+def trim() -> None:
+    """Hands what this process has freed so far back to the system, where the allocator is glibc's."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def resident_growth() -> Callable[[], int]:

@@ -64,7 +64,8 @@ def test_the_check_of_resuming_notices_lost_state(
     assert results(tmp_path / "run") != undisturbed
 
 
-@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.usefixtures("cluster")
 def test_ray_gives_the_bits_of_one_process(workers: int, undisturbed: Any, tmp_path: Path) -> None:
     train(experiment("pes", runtime={"type": "ray", "workers": workers}), tmp_path / "run")

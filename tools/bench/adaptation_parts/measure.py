@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import gc
 import resource
 import statistics
@@ -20,7 +18,7 @@ import torch.nn.functional as F
 from metadist.benchmark import distance
 from metadist.device import make_repeatable, wait_for
 from metadist.errors import first_line
-from metadist.inner.memory import peak_bytes
+from metadist.inner.memory import peak_bytes, trim
 from tools.bench.adaptation_parts.ours import SETTINGS, make_ours
 from tools.bench.adaptation_parts.peers import PEERS, make_peer
 from tools.bench.adaptation_parts.workloads import (
@@ -157,7 +155,8 @@ def check(implementation: Implementation, timed: Check, small: Check, quick: boo
         quick: leave that out for compiled settings.
     """
     result = Measured(implementation)
-    _hand_back_memory()
+    gc.collect()  # graphs in cycles, of what was checked before
+    trim()  # our allocator settings would keep its pages for good
     try:
         result.call = implementation.make(timed.job)
         started = time.perf_counter()
@@ -176,13 +175,6 @@ def check(implementation: Implementation, timed: Check, small: Check, quick: boo
     if result.reason:
         result.call = None
     return result
-
-
-def _hand_back_memory() -> None:
-    """What earlier implementations let go of: graphs in cycles, and pages that our allocator settings keep for good."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # not glibc's allocator
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _judge(result: Measured, found: Tensors, of: Check) -> None:
