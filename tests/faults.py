@@ -11,8 +11,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-WORKERS = ("ray::_Worker", "ray::_Member")
-SERVERS = ("ray::_Shard",)
+WORKERS = ("ray::Worker", "ray::_Member")
+SERVERS = ("ray::Shard",)
 
 
 def steps_of(run_dir: Path) -> int:

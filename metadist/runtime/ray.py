@@ -1,4 +1,4 @@
-"""Workers as Ray actors, and the backend that leases to them.
+"""The backend that leases to workers on a Ray cluster.
 
 The driver owns leases and membership and waits for answers; weights and gradients go between workers and server
 without passing through it. Workers are replaced, never restarted, so that nothing runs twice behind the controller's
@@ -8,17 +8,14 @@ back.
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-import numpy as np
 import ray
 from ray import ObjectRef
-from ray.exceptions import ActorDiedError, GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, RayError, RayTaskError
 
 from metadist.config.schema import WorkersRange
 from metadist.errors import ClusterError, MetadistError, ServerLostError, first_line
@@ -26,144 +23,22 @@ from metadist.experiment import Experiment
 from metadist.rounds import Lease
 from metadist.runtime import channel
 from metadist.runtime.backend import Computed, Died, Event, Joined, Left, Moved
-from metadist.runtime.channel import Channel, Line
+from metadist.runtime.channel import Line
 from metadist.runtime.cluster import connect, draining_nodes, plan_workers, room_for_workers, within_messages
 from metadist.runtime.messages import packed, unpacked
-from metadist.runtime.ray_server import Part, RayServer, areas_of, cause_of, kill, server_is_gone
+from metadist.runtime.ray_answers import Handle, arrived
+from metadist.runtime.ray_calls import cause_of, server_is_gone
+from metadist.runtime.ray_server import Part, RayServer, areas_of
+from metadist.runtime.ray_worker import Cut, MakeWorker, Order, Worker
 from metadist.runtime.recovery import GiveUp, Kind, Limits, Loss, Losses
-from metadist.runtime.shared import Area, Reader, Shared, SharedMemoryLost, Writer
-from metadist.runtime.transport import Transport, transport_named
-from metadist.worker import LeaseWorker, MetaWorker
+from metadist.runtime.shared import Shared
+from metadist.runtime.transport import transport_named
+from metadist.worker import MetaWorker
 
 _START_TIMEOUT_S = 300.0
 _REACH_S = 0.1
 """How long a worker that is ready is waited for, once, to say whether it can open the server's memory."""
 _MEMBERSHIP_S = 1.0
-_LOOKS_S, _SELDOM_LOOKS_S = 0.002, 0.02
-"""How often answers that come by Ray are looked for while others come through channels, and workers that start."""
-_COMPANY_S = 0.004
-"""How long a small gradient waits for others to be sent with it."""
-_COMPANY = 8
-"""How many answers have to be out for it to wait at all: with fewer, a message less is worth less than the wait."""
-
-
-MakeWorker = Callable[[Experiment, str], LeaseWorker]
-
-
-class WorkerProcess:
-    """What the actors that compute have in common: a worker, made when they are asked whether they are ready."""
-
-    def __init__(self, experiment: Experiment, device: str, make: MakeWorker, transport: Transport) -> None:
-        self._experiment, self._device, self._make, self._transport = experiment, device, make, transport
-        self._reader, self._writer = Reader(), Writer()
-
-    def ready(self) -> dict[str, Any]:
-        # Not in the constructor, whose errors reach the driver as text alone.
-        self._transport.check()
-        self._worker = self._make(self._experiment, self._device)
-        return {"node": str(ray.get_runtime_context().get_node_id()), "pid": os.getpid()}
-
-
-@ray.remote
-class _Worker(WorkerProcess):
-    def reach(self, offers: list[Shared | None]) -> list[bool]:
-        """Which of these it can open, one for each shard of a server; what it has of another server is closed."""
-        self._reader.keep({offer.area.pid for offer in offers if offer is not None})
-        return [offer is not None and self._opens(offer) for offer in offers]
-
-    def _opens(self, offer: Shared) -> bool:
-        try:
-            self._reader.read(offer)
-        except SharedMemoryLost:
-            return False
-        return True
-
-    def attend(self, place: channel.Place) -> bool:
-        """Answers :meth:`compute` over a channel, where all weights and gradients lie in memory of the node."""
-        return channel.attend(place, self.compute)
-
-    def compute(self, message: bytes, *stored: np.ndarray) -> Any:
-        """The report with the places of what is for shards that are near, and what is for each of the others.
-
-        Args:
-            message: the :class:`_Order`.
-            stored: weights of the shards of which its ``weights`` has none.
-        """
-        order: _Order = unpacked(message)
-        self._writer.let_go(order.done)
-        rest = iter(stored)
-        weights = [next(rest) if part is None else self._reader.read(part)[None] for part in order.weights]
-        room = self._writer.room if all(is_near for _, _, is_near in order.cuts) else None
-        report, blocks = self._worker.compute(order.lease, weights, room)
-        near, far = (
-            [{block: v[a:z] for block, v in blocks.items()} for a, z, is_near in order.cuts if is_near == wanted]
-            for wanted in (True, False)
-        )
-        told = packed((report, self._writer.write(near) if near and blocks else []))
-        return (told, *map(self._transport.pack, far)) if far else told
-
-
-_Cut = tuple[int, int, bool]
-"""Where a shard's part begins and ends, and whether its gradient is to lie in memory of the node."""
-
-
-class _Order(NamedTuple):
-    """What a worker is asked.
-
-    Args:
-        lease: what is computed.
-        cuts: of the flat vector, one for each shard.
-        done: areas of the worker that nobody reads any more.
-        weights: where those of each shard lie, if they lie in memory of the node.
-    """
-
-    lease: Lease
-    cuts: list[_Cut]
-    done: list[Area]
-    weights: list[Shared | None]
-
-
-def _answers_to(refs: list[ObjectRef]) -> dict[ObjectRef, Any]:
-    """See :meth:`RayBackend._arrived`, for references that are ready."""
-    try:
-        return dict(zip(refs, ray.get(refs), strict=True))
-    except RayError:
-        return dict.fromkeys(refs)
-
-
-def _answer_to(ref: ObjectRef, timeout: float) -> dict[ObjectRef, Any]:
-    """See :meth:`RayBackend._arrived`, for one reference: an exchange less with Ray's own."""
-    try:
-        return {ref: ray.get(ref, timeout=timeout)}
-    except GetTimeoutError:
-        return {}
-    except RayError:
-        return {ref: None}
-
-
-@dataclass(eq=False)
-class Handle:
-    """A worker: the line to its actor, what it was asked, the node it is on, whether it is to go.
-
-    ``near`` says which shards of the server ``reached`` it shares memory with, as far as it has ``reaching`` answered.
-    Nobody reads any more what lies in the areas ``done``. Of an answer that comes over a channel, the channel's call is
-    the reference.
-    """
-
-    line: Line
-    starting: ObjectRef | None
-    answers: dict[ObjectRef, tuple[Lease, list[_Cut], list[ObjectRef]]] = field(default_factory=dict)
-    node: str = ""
-    pid: int = 0
-    leaving: bool = False
-    reached: RayServer | None = None
-    reaching: ObjectRef | None = None
-    near: list[bool] = field(default_factory=list)
-    done: list[Area] = field(default_factory=list)
-
-    def end(self) -> None:
-        """Ends the process."""
-        kill(self.line.by_ray())
 
 
 class RayBackend:
@@ -184,7 +59,7 @@ class RayBackend:
         ClusterError: the cluster cannot be reached or has not the GPUs asked for.
     """
 
-    _kind: Any = _Worker
+    _kind: Any = Worker
 
     def __init__(self, experiment: Experiment, make_worker: MakeWorker = MetaWorker) -> None:
         self._experiment, self._make_worker = experiment, make_worker
@@ -254,14 +129,14 @@ class RayBackend:
         report, cuts, gradients = self._ask(handle, lease)
         handle.answers[report] = (lease, cuts, gradients)
 
-    def _ask(self, handle: Handle, lease: Lease) -> tuple[ObjectRef, list[_Cut], list[ObjectRef]]:
+    def _ask(self, handle: Handle, lease: Lease) -> tuple[ObjectRef, list[Cut], list[ObjectRef]]:
         """A reference to the report; the shards' parts; and references to what is for those that are not near."""
         near = self._near(handle)
         weights = self.server.weights(near)
         # Sums of a node take what comes by reference.
         cuts = [(a, z, n and not self._runtime.node_sums) for (a, z), n in zip(self.server.cuts, near, strict=True)]
         done, handle.done = handle.done, []
-        order = packed(_Order(lease, cuts, done, [part if isinstance(part, Shared) else None for part in weights]))
+        order = packed(Order(lease, cuts, done, [part if isinstance(part, Shared) else None for part in weights]))
         stored = [part for part in weights if not isinstance(part, Shared)]
         far = sum(not is_near for _, _, is_near in cuts)
         if not far and not stored and handle.node == self._here and len(order) <= channel.MOST:
@@ -291,68 +166,13 @@ class RayBackend:
         return handle.near
 
     def wait(self, timeout: float) -> list[Event]:
-        arrived = self._arrived(timeout)
+        answered = arrived(self._handles.values(), self._server, timeout)
         events: list[Event] = []
         for number, handle in list(self._handles.items()):
-            for ref in [r for r in ([handle.starting] if handle.starting else list(handle.answers)) if r in arrived]:
+            for ref in [ref for ref in handle.awaited if ref in answered]:
                 if number in self._handles:
-                    events += self._heard(number, handle, ref, arrived[ref])
+                    events += self._heard(number, handle, ref, answered[ref])
         return events + self._leave()
-
-    def _arrived(self, timeout: float) -> dict[ObjectRef, Any]:
-        """The references that workers have answered, with what they said; waits up to ``timeout`` seconds for one.
-
-        A value is left out (None) where one of them cannot be had: each is to be asked by itself then.
-        """
-        waiting = [r for h in self._handles.values() for r in ([h.starting] if h.starting else list(h.answers))]
-        if not waiting:
-            time.sleep(min(timeout, 0.1))
-            return {}
-        channels = {over.call: over for over in self._channels()}
-        if channels:
-            return self._told(channels, [ref for ref in waiting if ref not in channels], timeout)
-        first: list[ObjectRef] = []
-        if self._server is not None and self._server.holds_back:
-            if len(waiting) >= _COMPANY:
-                first, _ = ray.wait(waiting, num_returns=1, timeout=min(timeout, _COMPANY_S))
-            if not first:
-                self._server.send_batch()
-        if len(waiting) == 1:
-            return _answer_to(waiting[0], timeout)
-        first = first or ray.wait(waiting, num_returns=1, timeout=timeout)[0]
-        if not first:
-            return {}
-        ready, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0)
-        return _answers_to(list(dict.fromkeys(first + ready)))
-
-    def _channels(self) -> list[Channel]:
-        """Those on which an answer is awaited."""
-        return [h.line.channel for h in self._handles.values() if h.line.channel and h.answers]
-
-    def _told(
-        self, channels: dict[ObjectRef, Channel], others: list[ObjectRef], timeout: float
-    ) -> dict[ObjectRef, Any]:
-        """See :meth:`_arrived`, for answers of which some come through ``channels``, by their calls."""
-        if self._server is not None and self._server.holds_back:
-            self._server.send_batch()
-        starting = {h.starting for h in self._handles.values()}
-        look_s = _LOOKS_S if any(ref not in starting for ref in others) else _SELDOM_LOOKS_S if others else timeout
-        until = time.monotonic() + timeout
-        while True:
-            left = max(0.0, until - time.monotonic())
-            arrived: dict[ObjectRef, Any] = {}
-            for over in channel.ready(channels.values(), min(left, look_s)):
-                try:
-                    answer = over.answer()
-                except EOFError:
-                    arrived[over.call] = None
-                else:
-                    arrived |= {} if answer is None else {over.call: answer}
-            if others:
-                arrived |= _answers_to(ray.wait(others, num_returns=len(others), timeout=0)[0])
-            if arrived or not left:
-                # A process that was forked may hold a pipe open: its actor's end is then seen here.
-                return arrived or {call: None for call, over in channels.items() if over.has_ended()}
 
     def accept(self, lease: Lease, version: int, count: int, slot: int | None = None, weight: float = 1.0) -> None:
         handle, parts = self._answered.pop(lease.number)

@@ -20,8 +20,10 @@ from metadist.outer.partition import joined_snapshot
 from metadist.rounds import Lease
 from metadist.runtime.backend import Died, Event
 from metadist.runtime.messages import packed
-from metadist.runtime.ray import Handle, RayBackend, WorkerProcess
-from metadist.runtime.ray_server import cause_of
+from metadist.runtime.ray import RayBackend
+from metadist.runtime.ray_answers import Handle
+from metadist.runtime.ray_calls import cause_of
+from metadist.runtime.ray_worker import WorkerProcess
 
 
 @ray.remote

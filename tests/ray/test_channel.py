@@ -171,7 +171,7 @@ def steady(run: RayBackend, versions: int = 3) -> None:
         run.wait(1.0)
     for version in range(versions):
         update(run, version)
-    assert all(line.channel for line in run.server._lines), "the server is not asked over its channel"
+    assert all(line.channel for line in run.server._shards._lines), "the server is not asked over its channel"
     assert any(handle.line.channel for handle in run._handles.values())
 
 
@@ -181,10 +181,10 @@ def test_updates_over_channels_give_the_same_bits(backend: Callable[..., RayBack
     run = backend(server_shards=shards)
     steady(run)
     assert run.snapshot()["weights"].tobytes() == plainly(3)
-    assert not any(line.channel for line in run.server._lines)
+    assert not any(line.channel for line in run.server._shards._lines)
     for version in (3, 4, 5):  # by Ray, as it was just called, and then over channels again
         update(run, version)
-    assert all(line.channel for line in run.server._lines)
+    assert all(line.channel for line in run.server._shards._lines)
     assert run.snapshot()["weights"].tobytes() == plainly(6)
 
 
@@ -239,11 +239,11 @@ def test_the_servers_own_error_comes_as_itself_and_it_goes_on(backend: Callable[
     while len(run.workers()) < 2:
         run.wait(1.0)
     update(run, 0)
-    run.server._lines[0].called = False
+    run.server._shards._lines[0].called = False
     for lease in answers(run, 1, [2], 500):
         run.accept(lease, 1, 1, 0)
     assert run.settle() == []
-    run.server._lines[0].called = False
+    run.server._shards._lines[0].called = False
     with pytest.raises(FloatingPointError, match="inf"):
         run.commit(1, 1)
     assert run.snapshot()["version"] == 1
@@ -258,7 +258,7 @@ def test_a_server_that_dies_over_an_update_is_lost(backend: Callable[..., RayBac
     for lease in answers(run, 4, range(MICROBATCHES), 500):
         run.accept(lease, 4, MICROBATCHES)
     (part,) = run.server.weights([True])
-    assert run.server._lines[0].by_channel() is not None
+    assert run.server._shards._lines[0].by_channel() is not None
     os.kill(part.area.pid, signal.SIGSTOP)  # type: ignore[union-attr]
     threading.Timer(0.5, os.kill, [part.area.pid, signal.SIGKILL]).start()  # type: ignore[union-attr]
     with pytest.raises(ServerLostError, match="parameter server") as lost:
@@ -294,7 +294,7 @@ def test_a_server_that_hangs_over_an_update_is_lost(backend: Callable[..., RayBa
         run.accept(lease, 3, MICROBATCHES)
     (part,) = run.server.weights([True])
     os.kill(part.area.pid, signal.SIGSTOP)  # type: ignore[union-attr]
-    assert run.server._lines[0].channel is not None
+    assert run.server._shards._lines[0].channel is not None
     with pytest.raises(ServerLostError, match="has not answered for 2 s"):
         run.commit(3, MICROBATCHES)
     os.kill(part.area.pid, signal.SIGKILL)  # type: ignore[union-attr]

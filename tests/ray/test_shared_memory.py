@@ -13,7 +13,8 @@ import pytest
 
 from metadist.outer.gradient import Block
 from metadist.rounds import Lease, Report, Round
-from metadist.runtime.ray import Handle, RayBackend
+from metadist.runtime.ray import RayBackend
+from metadist.runtime.ray_answers import Handle
 from metadist.runtime.shared import Shared, can_share
 from tests.ray.several_nodes import MICROBATCHES
 from tests.ray.test_small_gradients import Counted, OneEach, answers, plainly

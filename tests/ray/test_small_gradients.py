@@ -14,7 +14,8 @@ from metadist.outer.gradient import Block
 from metadist.rounds import Lease, Report, Round
 from metadist.runtime import cluster as clusters
 from metadist.runtime.ray import RayBackend
-from metadist.runtime.ray_server import RayServer, kill
+from metadist.runtime.ray_calls import kill
+from metadist.runtime.ray_server import RayServer
 from metadist.server import ParameterServer
 from tests.ray.several_nodes import MICROBATCHES, NUMEL, Worker, gradient, settings
 
@@ -94,9 +95,9 @@ def test_they_wait_for_company_but_not_for_long(backend: Callable[..., RayBacken
     assert run.server.holds_back and not Counted.sizes
     slow = Lease(1, lease.round, 1, 2)
     run.lease(run.idle()[0], slow)
-    run._arrived(0.0)
+    run.wait(0.0)
     while run.server.holds_back:
-        run._arrived(1.0)
+        run.wait(1.0)
     assert Counted.sizes == [1]
 
 
@@ -105,7 +106,7 @@ def test_a_server_that_dies_meanwhile_is_lost(backend: Callable[..., RayBackend]
     run = backend()
     for lease in answers(run, 0, range(MICROBATCHES)):
         run.accept(lease, 0, MICROBATCHES)
-    kill(run.server._lines[0].by_ray())
+    kill(run.server._shards._lines[0].by_ray())
     assert run.settle() == []
     with pytest.raises(ServerLostError):
         run.commit(0, MICROBATCHES)

@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 from tools.bench._tables import keep_rows, show_table  # noqa: E402
 
-KINDS = {"ray::_Worker": "worker", "ray::_Shard": "server shards"}
+KINDS = {"ray::Worker": "worker", "ray::Shard": "server shards"}
 SHARED = {"areas": "memfd:metadist", "object store": "/plasma"}
 """Files in memory that processes share, by what their names have in them."""
 ACCOUNTS: dict[str, tuple[float, str]] = {

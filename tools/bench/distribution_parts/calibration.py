@@ -54,7 +54,7 @@ def _kind(pid: int) -> str:
         title = Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return "services"
-    actors = {b"ray::_Worker": "worker", b"ray::_Shard": "server"}
+    actors = {b"ray::Worker": "worker", b"ray::Shard": "server"}
     return next((kind for start, kind in actors.items() if title.startswith(start)), "services")
 
 
