@@ -12,7 +12,8 @@ from metadist.runtime.asynchronous import AsynchronousController
 from metadist.runtime.controller import Controller
 from metadist.runtime.leases import equal_shares
 from metadist.runtime.pace import Pace
-from metadist.simulator.backend import SimulatedAllReduce, SimulatedBackend
+from metadist.simulator.allreduce import SimulatedAllReduce
+from metadist.simulator.backend import SimulatedBackend
 from metadist.simulator.cluster import PARTS, Arrangement, Cluster, Work, without
 from metadist.staleness import Flow
 
