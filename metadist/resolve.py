@@ -52,6 +52,26 @@ class Resolved:
     memory: int | None = None
     left_out: Mapping[str, int] = dataclass_field(default_factory=dict)
 
+    def notable(self) -> Iterator[str]:
+        """What a person should know of the data, and of how tasks are computed."""
+        if left_out := self.left_out:
+            blocks = sum(left_out.values())
+            some = ", ".join(f"{n} of {name}" for name, n in list(left_out.items())[:8])
+            more = ", ..." if len(left_out) > 8 else ""
+            yield f"{blocks} blocks that cannot be read are left out (tasks.on_bad=skip): {some}{more}"
+        engine = self.experiment.config.engine
+        if self.reason:
+            yield f"tasks are computed by the {engine.strategy}: {self.reason}"
+        if engine.memory is not None and self.memory is not None:
+            how = ", inner steps recomputed" if engine.recompute else ""
+            how += f", {engine.tasks_together} tasks at once" if engine.tasks_together else ""
+            yield f"memory: {in_words(self.memory)} predicted of {in_words(engine.memory)}{how}"
+        runtime = self.experiment.config.runtime
+        if runtime.type == "ray" and runtime.topology == "allreduce_unordered":
+            yield "gradients are added in any order: this run is not reproducible (runtime.topology=allreduce is)"
+        if runtime.type == "ray" and runtime.wire != "float32":
+            yield f"gradients travel as {runtime.wire}: this run is not reproducible (runtime.wire=float32 is)"
+
 
 def resolve(experiment: Experiment) -> Resolved:
     """Decides the engine of an experiment.

@@ -87,7 +87,7 @@ def devtools(tmp_path: Path) -> Iterator[str]:
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of this process end without report and pictures, which take longer than a tiny run does."""
-    monkeypatch.setattr("metadist.training._Training._pictures", lambda self, meta_params: None)
+    monkeypatch.setattr("metadist.loop.show_run", lambda *of_the_run: None)
 
 
 @pytest.fixture(autouse=True)

@@ -12,8 +12,8 @@ from click.testing import CliRunner
 import metadist as md
 from metadist.checkpoint import best_of
 from metadist.cli import main
+from metadist.loop import Training
 from metadist.storage import FolderStore
-from metadist.training import _Training
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -30,12 +30,12 @@ def metadist(*words: object, code: int = 0) -> str:
 
 
 def test_the_best_is_kept_by_its_error_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    errors, original = {2: 0.9, 4: 0.5, 6: 0.3, 8: 0.4}, _Training._evaluate
+    errors, original = {2: 0.9, 4: 0.5, 6: 0.3, 8: 0.4}, Training._evaluate
 
-    def evaluate(self: _Training, version: int, split: str, episodes: int) -> dict:
+    def evaluate(self: Training, version: int, split: str, episodes: int) -> dict:
         return {**original(self, version, split, episodes), "mean": errors[version]}
 
-    monkeypatch.setattr(_Training, "_evaluate", evaluate)
+    monkeypatch.setattr(Training, "_evaluate", evaluate)
     run_dir = tmp_path / "run"
     metadist("train", ROOT / "configs" / "sinusoid_maml.yaml", *SHORT, "--run-dir", run_dir)
     store = FolderStore(run_dir / "checkpoints")

@@ -14,9 +14,9 @@ from metadist.errors import ClusterError, MetadistError
 from metadist.experiment import Experiment
 from metadist.outer.gradient import Layout
 from metadist.resolve import resolve
+from metadist.runtime import open_backend
 from metadist.runtime.backend import Computed, Died
 from metadist.server import outer_options
-from metadist.training import open_backend
 from metadist.worker import Lease, training_round
 
 _SLOW = 2.0
