@@ -9,15 +9,36 @@ from typing import Literal
 
 import torch
 
+from metadist.errors import ConfigError
+
+
+def wants_gpu(gpus: float | Literal["auto"]) -> bool:
+    """Whether workers are to compute on a GPU, as far as this machine can tell.
+
+    Args:
+        gpus: as of the config's ``runtime.gpus_per_worker``; ``auto`` takes a GPU if there is one here.
+    """
+    return torch.cuda.is_available() if gpus == "auto" else gpus > 0
+
 
 def device_here(gpus: float | Literal["auto"]) -> str:
     """Where a process of this machine computes: ``cuda`` or ``cpu``.
 
     Args:
-        gpus: as of the config's ``runtime.gpus_per_worker``; ``auto`` takes a GPU if there is one.
+        gpus: as of :func:`wants_gpu`.
+
+    Raises:
+        ConfigError: a GPU is asked for and there is none.
     """
-    wanted = torch.cuda.is_available() if gpus == "auto" else gpus > 0
-    return "cuda" if wanted else "cpu"
+    if not wants_gpu(gpus):
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "runtime.gpus_per_worker",
+            f"is {gpus:g}, but PyTorch finds no GPU on this machine",
+            "write auto or 0, or install PyTorch for this machine's GPU",
+        )
+    return "cuda"
 
 
 def make_repeatable(device: torch.device, tf32: bool = False) -> None:

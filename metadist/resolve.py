@@ -22,7 +22,7 @@ from torch import nn
 from metadist.algorithms import Algorithm, Plan
 from metadist.config import in_words
 from metadist.config.schema import LONG_RUN
-from metadist.device import device_here
+from metadist.device import device_here, wants_gpu
 from metadist.episode import EpisodeBatch, Examples
 from metadist.errors import ConfigError, DataError, first_line
 from metadist.experiment import Experiment
@@ -86,7 +86,7 @@ def resolve(experiment: Experiment) -> Resolved:
     if strategy in ("adjoint", "loop"):
         compiled = False
     elif compiled == "auto":
-        compiled = _form(experiment)
+        compiled, reason = _form(experiment)
     if compiled is True and (reason := compiler_missing()):
         compiled = "trace"
     if strategy == "auto":
@@ -100,20 +100,23 @@ def resolve(experiment: Experiment) -> Resolved:
     return Resolved(experiment, reason, memory, left_out)
 
 
-def _form(experiment: Experiment) -> Compile:
-    """What ``engine.compile`` comes to where it is left open: inductor where it is known to pay.
+def _form(experiment: Experiment) -> tuple[Compile, str]:
+    """What ``engine.compile`` comes to where it is left open, and why it is not inductor where that would pay.
 
     On a CPU, convolutions gain a tenth by it at most, networks of small operators two to three times as much speed
     (``tools/bench/choice.py``), once a run is long enough to repay a minute of compilation. On a GPU all gain, by a
     half and more, since little of the time goes into products (``tools/bench/adaptation.py --device cuda``).
     """
     if experiment.config.outer.steps < LONG_RUN or compiler_missing():
-        return "trace"
-    if device_here(experiment.config.runtime.gpus_per_worker) == "cuda":
-        return True
+        return "trace", ""
+    if wants_gpu(experiment.config.runtime.gpus_per_worker):
+        if torch.cuda.is_available():
+            return True, ""
+        # On a cluster the driver's node need not have one, and what cannot be compiled is to be found out before.
+        return "trace", "no GPU is here to try inductor on; engine.compile=true lets the workers compile"
     modules = experiment.learner().model.module.modules()
     convolutional = any(isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d) for m in modules)
-    return "trace" if convolutional else True
+    return "trace" if convolutional else True, ""
 
 
 def _not_compilable(experiment: Experiment, strategy: Strategy) -> str:

@@ -187,6 +187,14 @@ def test_more_gpus_than_there_are_by_command(tmp_path):
     refused(tmp_path, ["train", GLYPHS, *words], 1, r"runtime\.gpus_per_worker: 1 workers with 512 GPUs each need 512")
 
 
+def test_a_gpu_where_there_is_none(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    wanted = "runtime.gpus_per_worker=0.5"
+    told = [2, r"runtime\.gpus_per_worker: is 0\.5", "no GPU on this machine", "auto or 0"]
+    refused(tmp_path, ["train", GLYPHS, *SHORT, wanted], *told)
+    refused(tmp_path, ["bench", GLYPHS, "--rounds", "1", wanted], *told)
+
+
 def test_a_model_that_does_not_fit_the_tasks(tmp_path):
     sines = str(ROOT / "configs" / "sinusoid_maml.yaml")
     refused(tmp_path, ["train", sines, "model.type=conv4", *SHORT], 2, r"model\.type: conv4 takes pictures", "use mlp")

@@ -126,6 +126,18 @@ def test_inductor_is_left_to_long_runs_of_small_operators(
     assert resolve(decided.experiment).experiment.config == decided.experiment.config
 
 
+@pytest.mark.parametrize("section", [{"compile": "auto"}, "auto"])
+def test_a_clusters_driver_needs_no_gpu_of_its_own(section: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resolve_module, "compiler_missing", lambda: "")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    made = config() | {"outer": LONG, "runtime": {"type": "ray", "gpus_per_worker": 1}, "engine": section}
+    decided = resolve(Experiment(validate(made)))
+    assert decided.experiment.config.engine.compile == "trace"
+    assert "no GPU is here" in decided.reason and "engine.compile=true" in decided.reason
+    asked = resolve(Experiment(validate(made | {"engine": {"compile": True}})))
+    assert asked.experiment.config.engine.compile is True and not asked.reason
+
+
 def test_auto_does_without_inductor_where_that_is_missing_or_fails(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
