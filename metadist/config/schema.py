@@ -436,6 +436,11 @@ class RuntimeConfig(Section):
         description="silence after which a worker is taken to hang and is replaced; six times as long for its first "
         "answer. Microbatches that are merely late are given to idle workers as well, by what the run has learned",
     )
+    start_timeout_s: Rate = Field(
+        900.0,
+        description="how long the workers that a run needs to begin are waited for, since the last of them came: a "
+        "cluster may have to make their nodes, and these to fetch an image",
+    )
     worker_logs: bool = Field(False, description="show what workers print")
     server_timeout_s: Rate = Field(
         300.0, description="silence after which a server shard is taken to hang, and restored from the last checkpoint"

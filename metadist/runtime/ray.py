@@ -20,6 +20,7 @@ from ray.exceptions import ActorDiedError, RayError, RayTaskError
 from metadist.config.schema import WorkersRange
 from metadist.errors import ClusterError, MetadistError, ServerLostError, first_line
 from metadist.experiment import Experiment
+from metadist.progress import Progress
 from metadist.rounds import Lease
 from metadist.runtime import channel
 from metadist.runtime.backend import Computed, Died, Event, Joined, Left, Moved
@@ -35,7 +36,6 @@ from metadist.runtime.shared import Shared
 from metadist.runtime.transport import transport_named
 from metadist.worker import MetaWorker
 
-_START_TIMEOUT_S = 300.0
 _REACH_S = 0.1
 """How long a worker that is ready is waited for, once, to say whether it can open the server's memory."""
 _MEMBERSHIP_S = 1.0
@@ -101,18 +101,20 @@ class RayBackend:
         """Asks for all workers, and waits until ``wanted`` of them are ready."""
         for _ in range(self._workers):
             self._hire()
-        there, since = 0, time.monotonic()
-        while there < wanted:
-            if time.monotonic() - since > _START_TIMEOUT_S:
-                raise ClusterError(
-                    "runtime",
-                    f"{there or 'no'} worker{'s' * (there > 1)} became ready, {wanted} wanted, and no other came in "
-                    f"{_START_TIMEOUT_S:.0f} s",
-                    "see what the cluster has with `ray status`, or lower runtime.workers",
-                )
-            self.wait(1.0)
-            if len(self.workers()) != there:
-                there, since = len(self.workers()), time.monotonic()
+        there, since, timeout_s = 0, time.monotonic(), self._runtime.start_timeout_s
+        with Progress("waiting for workers,") as progress:
+            while there < wanted:
+                if time.monotonic() - since > timeout_s:
+                    raise ClusterError(
+                        "runtime",
+                        f"{there or 'no'} worker{'s' * (there != 1)} became ready, {wanted} wanted, and no other came "
+                        f"in {timeout_s:g} s (runtime.start_timeout_s)",
+                        "see what the cluster has with `ray status`, lower runtime.workers, or wait longer",
+                    )
+                self.wait(1.0)
+                if len(self.workers()) != there:
+                    there, since = len(self.workers()), time.monotonic()
+                progress(min(there, wanted), wanted)
 
     def idle(self) -> list[int]:
         return [n for n, h in self._handles.items() if h.starting is None and not h.answers and not h.leaving]
