@@ -175,6 +175,10 @@ def test_more_gpus_than_there_are():
         ClusterError, match=r"runtime\.gpus_per_worker: 4 workers with 1 GPUs each need 4, the cluster has 2"
     ):
         plan_workers(RuntimeConfig(workers=4, gpus_per_worker=1), {"CPU": 8, "GPU": 2})
+    with pytest.raises(ClusterError, match=r"a cluster that grows write workers: \{min: 1, max: 4\}"):
+        plan_workers(RuntimeConfig(workers=4, gpus_per_worker=1, address="head:1"), {"CPU": 8})
+    with pytest.raises(ClusterError, match=r"4 workers need 4 CPUs.*a cluster that grows write workers"):
+        plan_workers(RuntimeConfig(workers=4, address="head:1"), {"CPU": 2})
     assert plan_workers(RuntimeConfig(workers=4, gpus_per_worker=0.5), {"CPU": 8, "GPU": 2}) == (4, 0.5)
     some = WorkersRange(min=1, max=9)
     assert plan_workers(RuntimeConfig(workers=some, address="head:1"), {"CPU": 2}) == (9, 0.0), "room may come"

@@ -94,15 +94,20 @@ def plan_workers(runtime: RuntimeConfig, resources: dict[str, float]) -> tuple[i
         raise ClusterError(
             "runtime.gpus_per_worker",
             f"{workers} workers with {each:g} GPUs each need {workers * each:g}, the cluster has {gpus:g}",
-            "lower runtime.workers or runtime.gpus_per_worker (fractions share a GPU), or write gpus_per_worker: 0",
+            "lower runtime.workers or runtime.gpus_per_worker (fractions share a GPU), or write gpus_per_worker: 0"
+            + _or_wait(runtime, workers),
         )
     if runtime.address is not None and cpus < workers * runtime.threads_per_worker:
         raise ClusterError(
             "runtime.workers",
             f"{workers} workers need {workers * runtime.threads_per_worker} CPUs, the cluster has {cpus:g}",
-            "lower runtime.workers or write auto",
+            "lower runtime.workers or write auto" + _or_wait(runtime, workers),
         )
     return workers, each
+
+
+def _or_wait(runtime: RuntimeConfig, workers: int) -> str:
+    return f"; for a cluster that grows write workers: {{min: 1, max: {workers}}}" if runtime.address else ""
 
 
 def _local_workers(runtime: RuntimeConfig) -> int:
