@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import ray
+import torch
 
+from metadist.errors import ClusterError
 from metadist.experiment import Experiment
 from metadist.rounds import Lease
 from metadist.runtime import channel
@@ -30,6 +32,12 @@ class WorkerProcess:
     def ready(self) -> dict[str, Any]:
         # Not in the constructor, whose errors reach the driver as text alone.
         self._transport.check()
+        if self._device == "cuda" and not torch.cuda.is_available():
+            raise ClusterError(
+                f"node {ray.util.get_node_ip_address()}",
+                "Ray gave a worker a GPU here, but PyTorch finds none",
+                "install a PyTorch on it that is built for its GPU and driver, or write runtime.gpus_per_worker=0",
+            )
         self._worker = self._make(self._experiment, self._device)
         return {"node": str(ray.get_runtime_context().get_node_id()), "pid": os.getpid()}
 
