@@ -77,6 +77,8 @@ def from_shards(shards: Path, *more: str) -> list[str]:
         ("runtime.workers={min: 0, max: 2}", [r"runtime\.workers\.min: 0 will not do"]),
         ("runtime.workers={least: 1, max: 2}", [r"runtime\.workers\.least: there is no such field"]),
         ("runtime={node_sums: true, max_staleness: 1}", ["node_sums is for updates that wait", "max_staleness: 0"]),
+        ("runtime={type: local, address: auto}", ["address is for type: ray; write type: ray, or address: null"]),
+        ("runtime={type: ray, address: 'ray://head:10001'}", ["on a machine of the cluster", "metadist submit"]),
         ("algorithm.type=mamll", [r"algorithm\.type: there is no 'mamll'; did you mean maml\?"]),
         ("nonsense", [r"nonsense: is not of the form key\.sub=value"]),
     ],

@@ -390,7 +390,7 @@ class RuntimeConfig(Section):
     )
     threads_per_worker: Positive = Field(1, description="CPU threads of each worker; changes the last bits")
     address: str | None = Field(
-        None, description="a running cluster (auto, HOST:PORT, ray://...); null: start one here"
+        None, description="a running cluster that this machine is a node of (auto, HOST:PORT); null: start one here"
     )
     topology: Literal["server", "allreduce", "allreduce_unordered"] = Field(
         "server",
@@ -452,6 +452,19 @@ class RuntimeConfig(Section):
         5, description="times the server may be lost within restart_window_s before the run gives up"
     )
     restart_window_s: Rate = Field(3600.0, description="seconds over which deaths are counted")
+
+    @model_validator(mode="after")
+    def _within_the_cluster(self) -> RuntimeConfig:
+        if self.address is None:
+            return self
+        if self.type == "local":
+            raise ValueError("address is for type: ray; write type: ray, or address: null")
+        if self.address.startswith("ray://"):
+            raise ValueError(
+                f"address is {self.address}, of Ray Client, but a run's driver has to be on a machine of the cluster; "
+                "write HOST:PORT there, or send a job from anywhere: `metadist submit CONFIG --address http://HOST:8265`"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_mode(self) -> RuntimeConfig:
