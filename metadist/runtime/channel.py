@@ -29,6 +29,8 @@ MOST = 1 << 15
 _LENGTH = struct.Struct("<I")
 _PIECE = 1 << 16
 _OPENED_WITHIN_S, _LOOKS_S = 1.0, 0.05
+_AGAIN_S = 30.0
+"""How soon an actor that did not open its end in time is asked to again; each time it does not, in twice the time."""
 
 
 class _Pipe(NamedTuple):
@@ -71,7 +73,8 @@ class Channel:
         attend: calls the actor's method that hands its argument to :func:`attend`.
 
     Raises:
-        OSError: the actor cannot open it, or did not in time.
+        TimeoutError: the actor did not open it in time.
+        OSError: the actor cannot open it.
 
     ``call`` is the call in which the actor attends. Where that ends before an answer has come, it says how.
     """
@@ -96,7 +99,7 @@ class Channel:
         until = time.monotonic() + _OPENED_WITHIN_S
         while self.answer() is None:
             if time.monotonic() > until:
-                raise OSError("the actor did not open the channel in time")
+                raise TimeoutError("the actor did not open the channel in time")
             if ray.wait([self.call], timeout=0)[0]:
                 raise OSError("the actor cannot open the channel")
             ready([self], _LOOKS_S)
@@ -153,17 +156,22 @@ class Line:
     ``called`` says whether it was called by Ray; whoever wants to know from when on resets it.
     """
 
+    _clock = staticmethod(time.monotonic)
+
     def __init__(self, actor: ActorHandle) -> None:
         self._actor = actor
         self.channel: Channel | None = None
         self.called = False
         self._apart = False
+        self._not_before, self._again_s = 0.0, _AGAIN_S
 
     def by_channel(self) -> Channel | None:
         """Its channel, opened if need be; None if it cannot be opened. The actor is idle, and on the driver's node."""
-        if self.channel is None and not self._apart:
+        if self.channel is None and not self._apart and self._clock() >= self._not_before:
             try:
                 self.channel = Channel(self._actor.attend.remote)
+            except TimeoutError:  # the machine is busy
+                self._not_before, self._again_s = self._clock() + self._again_s, 2.0 * self._again_s
             except OSError:
                 self._apart = True
         return self.channel

@@ -133,13 +133,33 @@ def test_an_actor_that_cannot_open_its_end_is_called_by_ray(clerk: Any, monkeypa
     assert ray.get(line.by_ray().pid.remote(), timeout=20)
 
 
-def test_an_actor_that_does_not_open_its_end_in_time_is_called_by_ray(clerk: Any) -> None:
-    pid = ray.get(clerk.pid.remote())
+def test_an_actor_that_does_not_open_its_end_in_time_is_called_by_ray_for_a_while(
+    clerk: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(channel, "_OPENED_WITHIN_S", 0.2)
+    pid, before = ray.get(clerk.pid.remote()), open_descriptors()
     os.kill(pid, signal.SIGSTOP)
     line = Line(clerk)
-    assert line.by_channel() is None
-    os.kill(pid, signal.SIGCONT)
-    assert ray.get(line.by_ray().pid.remote(), timeout=20) == pid
+    waits = [channel._AGAIN_S, 2 * channel._AGAIN_S]
+    with monkeypatch.context() as patch:
+        patch.setattr(Line, "_clock", staticmethod(lambda: now[0]))
+        for wait in waits:
+            assert line.by_channel() is None
+            now[0] += 0.9 * wait
+            with monkeypatch.context() as unasked:
+                unasked.setattr(channel, "Channel", None)
+                assert line.by_channel() is None, "asked again too soon"
+            now[0] += 0.2 * wait
+        os.kill(pid, signal.SIGCONT)
+        assert ray.get(line.by_ray().pid.remote(), timeout=20) == pid
+        assert open_descriptors() == before
+        monkeypatch.setattr(channel, "_OPENED_WITHIN_S", 20.0)
+        over = line.by_channel()
+    assert over is not None
+    over.ask(b"3")
+    assert answer_of(over) == b"xxx"
+    over.hang_up()
 
 
 class Fails(OneEach):
