@@ -28,7 +28,7 @@ from tests.faults import SERVERS, WORKERS, actors_of, alive, state_of, steps_of
 from tests.ray.several_nodes import cluster
 
 # After the last fault there is time for everything to start again and for silence to be noticed.
-STEPS, LAST_FAULT, EVERY, LEASE_TIMEOUT_S = 250, 100, 10, 3.0
+STEPS, LAST_FAULT, EVERY, LEASE_TIMEOUT_S = 400, 100, 10, 3.0
 CONFIG = ROOT / "configs" / "omniglot_5way1shot_maml.yaml"
 OPTIONS = {
     "outer.steps": STEPS, "outer.schedule": "constant", "outer.meta_batch_size": 6, "outer.tasks_per_microbatch": 2,
@@ -213,7 +213,7 @@ class Disturbed:
         seconds = rng.uniform(0.5, 2.0)
         before, took = steps_of(self.run_dir), None
         # One step more can have been finished before the signal; where nobody else is ready, nobody can take over.
-        alone = self._last_line()["workers"] < 2
+        alone = self._this_life()[-1]["workers"] < 2
         while took is None and not alone or time.monotonic() - since < seconds:
             if took is None and steps_of(self.run_dir) >= before + 2:
                 took = time.monotonic() - since
@@ -231,15 +231,22 @@ class Disturbed:
         _until(lambda: state_of(pid) == "T", "a signal stops the worker")
         return pid, since
 
-    def _last_line(self) -> dict[str, Any]:
+    def _this_life(self) -> list[dict[str, Any]]:
+        """The lines of the steps since the run was last resumed."""
         whole, _, _ = (self.run_dir / "metrics.jsonl").read_text().rpartition("\n")
-        return dict(json.loads(whole.splitlines()[-1]))
+        lines = [json.loads(line) for line in whole.splitlines()]
+        return [line for line in lines if line["version"] > self._resumed_at]
+
+    def _all_have_answered(self) -> bool:
+        """Whether all workers are there, and each has computed something, if not always in the same step."""
+        lines = self._this_life()
+        there = set(lines[-1]["utilisation"])
+        return len(there) == self._options["runtime.workers"] and there <= {w for x in lines for w in x["worker_s"]}
 
     def _stop_worker(self, rng: random.Random) -> tuple[float, int]:
         # Before its first answer a worker has six times as long, and the others may be done by then: all have answered.
         self.wait_for_step(self._resumed_at + 2)
-        everybody = self._options["runtime.workers"]
-        _until(lambda: len(self._last_line()["worker_s"]) == everybody, "all workers answer")
+        _until(self._all_have_answered, "all workers answer")
         pid, since = self._stopped_worker(rng)
         took, _ = self._heard(since, r"worker \d+ died \(silent")
         _until(lambda: not alive(pid), "a stopped worker is ended")
