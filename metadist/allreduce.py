@@ -181,19 +181,32 @@ class Member:
         return np.concatenate([row[: z - a] for row, (a, z) in zip(rows, self.cuts, strict=True)])
 
 
-def join(host: str, port: int, rank: int, world: int, timeout_s: float) -> None:
-    """Makes this process a rank of a gloo group whose rank 0 listens at ``host:port``.
+def meeting_place(host: str) -> dist.TCPStore:
+    """Where the members of a group find one another: a store in this process, at a port that is free (``.port``).
+
+    It listens from now on: a port that was only looked for could be another process's by the time it is told.
+
+    Args:
+        host: an address of this machine.
+    """
+    return dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+
+
+def join(host: str, port: int, rank: int, world: int, timeout_s: float, store: dist.TCPStore | None = None) -> None:
+    """Makes this process a rank of a gloo group whose :func:`meeting_place` is at ``host:port``.
 
     The others reach it by the network that leads there; by that of ``GLOO_SOCKET_IFNAME``, if that is set.
 
     Args:
+        host, port: of the meeting place.
+        rank, world: of this process, and how many there are.
         timeout_s: after how much silence of the others an exchange fails.
+        store: the meeting place, if it is in this process.
     """
+    timeout = timedelta(seconds=timeout_s)
     with _gloo_by(_interface_to(host, port)):
-        dist.init_process_group(
-            "gloo", init_method=f"tcp://{host}:{port}", rank=rank, world_size=world,
-            timeout=timedelta(seconds=timeout_s),
-        )  # fmt: skip
+        store = dist.TCPStore(host, port, is_master=False, timeout=timeout) if store is None else store
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
 
 
 def _interface_to(host: str, port: int) -> str:

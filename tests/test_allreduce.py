@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metadist.allreduce import _blocks, _gloo_by, _interface_to, _summed
+from metadist.allreduce import _blocks, _gloo_by, _interface_to, _summed, meeting_place
 from metadist.outer.gradient import partial_sums
 from metadist.worker import Lease, Round
 
@@ -46,3 +46,11 @@ def test_an_interface_that_the_user_names_is_kept(monkeypatch: pytest.MonkeyPatc
     with _gloo_by("eth7"):
         assert os.environ["GLOO_SOCKET_IFNAME"] == "ib0"
     assert os.environ["GLOO_SOCKET_IFNAME"] == "ib0"
+
+
+def test_a_meeting_place_is_nobody_elses_from_the_time_it_is_told() -> None:
+    places = [meeting_place("127.0.0.1") for _ in range(2)]
+    assert places[0].port != places[1].port
+    for place in places:
+        with socket.socket() as other, pytest.raises(OSError):
+            other.bind(("127.0.0.1", place.port))

@@ -5,7 +5,6 @@ For fixed membership: when a worker dies, all are started anew, at the last chec
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ import ray
 from ray import ObjectRef
 from ray.exceptions import RayError, RayTaskError
 
-from metadist.allreduce import Member, Update, join
+from metadist.allreduce import Member, Update, join, meeting_place
 from metadist.errors import ServerLostError, first_line
 from metadist.experiment import Experiment
 from metadist.outer.partition import joined_snapshot
@@ -29,11 +28,10 @@ from metadist.runtime.ray_worker import WorkerProcess
 @ray.remote
 class _Member(WorkerProcess):
     def meeting_place(self) -> tuple[str, int]:
-        """An address of this process's node, and a port that is free there."""
+        """Where the others find this one, the first of them."""
         host = ray.util.get_node_ip_address()
-        with socket.socket() as s:
-            s.bind((host, 0))
-            return host, int(s.getsockname()[1])
+        self._store = meeting_place(host)
+        return host, self._store.port
 
     def join(
         self,
@@ -45,7 +43,7 @@ class _Member(WorkerProcess):
         ordered: bool,
         timeout_s: float,
     ) -> None:
-        join(*place, rank, world, timeout_s)
+        join(*place, rank, world, timeout_s, self._store if rank == 0 else None)
         self._member = Member(self._worker, snapshot, outer, rank, world, ordered)
 
     def compute(self, lease: Lease) -> bytes:

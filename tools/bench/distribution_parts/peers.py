@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from typing import Any
 
 import numpy as np
@@ -63,10 +61,15 @@ class ExampleWorker:
     def nothing(self, weights: Any) -> None:
         """An empty call."""
 
+    def meeting_place(self) -> int:
+        """The port where a process group meets."""
+        self.store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        return self.store.port
+
     def join(self, rank: int, world: int, port: int) -> None:
         """Becomes a member of a process group."""
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+        store = torch.distributed.TCPStore("127.0.0.1", port, is_master=False) if rank else self.store
+        torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
 
     def all_reduce(self, times: int) -> np.ndarray | None:
         """Sums everybody's gradient, ``times`` over; the first numbers of the sum."""
@@ -92,9 +95,7 @@ class Example:
     def __init__(self, model: str, workers: int) -> None:
         self.server = ExampleServer.remote(model)  # type: ignore[attr-defined]
         self.workers = [ExampleWorker.remote(model, i) for i in range(workers)]  # type: ignore[attr-defined]
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
+        port = ray.get(self.workers[0].meeting_place.remote())
         ray.get([w.join.remote(i, workers, port) for i, w in enumerate(self.workers)])
         self.weights = self.server.get_weights.remote()
         self.blank = self.server.nothing.remote()
