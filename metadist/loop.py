@@ -18,7 +18,7 @@ from metadist.experiment import Experiment
 from metadist.history import UpdateLog
 from metadist.origin import code_version
 from metadist.outer.gradient import Layout, sha256_of
-from metadist.recording import Recorder, step_seconds
+from metadist.recording import Recorder
 from metadist.resolve import resolve
 from metadist.rounds import Round
 from metadist.rundir import RunDirectory
@@ -32,14 +32,7 @@ from metadist.showing import show_run
 from metadist.staleness import Flow
 from metadist.stopping import Interrupted, StopSignals
 from metadist.totals import Totals
-from metadist.tracking import (
-    ConsoleTracker,
-    JsonlTracker,
-    PrometheusTracker,
-    RunInfo,
-    Trackers,
-    WandbTracker,
-)
+from metadist.tracking import ConsoleTracker, JsonlTracker, PrometheusTracker, RunInfo, Trackers, WandbTracker
 from metadist.tracking.wandb import sweeps_run
 from metadist.worker import training_round
 
@@ -278,9 +271,7 @@ class Training:
         snapshot = self.backend.snapshot() if keeps else None
         if self._goes_on(version) and self.controller.begun != following:
             self.controller.begin(following)
-        self.totals.tasks_seen += len(result.metrics["loss"])
-        self.totals.train_s += step_seconds(result, server_s)
-        self.recorder.step(version, result, stats, server_s, self.log, self._standing())
+        self.recorder.step(version, result, stats, server_s, self.totals, self.log, self._standing())
         best = evaluates and self._validate(version)
         if keeps or best:
             self._checkpoint(snapshot or self.backend.snapshot(), best, last=last or stopping)
@@ -340,9 +331,7 @@ class Training:
     def _standing(self) -> dict[str, Any]:
         """Of the cluster: who is there, and what was lost so far."""
         assert self.backend is not None
-        return {
-            "workers": len(self.backend.workers()), "restarts": self._restarts(), "releases": self._releases(),
-        }  # fmt: skip
+        return {"workers": len(self.backend.workers()), "restarts": self._restarts(), "releases": self._releases()}
 
     def _releases(self) -> int:
         """Those of all resumptions."""

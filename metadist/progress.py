@@ -11,6 +11,11 @@ _T = TypeVar("_T")
 _LIVE_S, _LINE_S = 0.1, 5.0
 
 
+def counted(number: int, thing: str) -> str:
+    """So many of a thing whose plural is regular, as ``1 worker``, ``2 workers``."""
+    return f"{number} {thing}{'s' * (number != 1)}"
+
+
 def left(seconds: float) -> str:
     """What is to come, as ``3:05 left``."""
     minutes, rest = divmod(round(seconds), 60)

@@ -7,13 +7,9 @@ from typing import Any
 from metadist.config import Config
 from metadist.history import UpdateLog
 from metadist.runtime.controller import RoundResult, means
+from metadist.totals import Totals
 from metadist.tracking import Trackers
 from metadist.tracking.watch import Watch
-
-
-def step_seconds(result: RoundResult, server_s: float) -> float:
-    """How long a step took: its round, and ``server_s`` for the update."""
-    return max(result.seconds + server_s, 1e-9)
 
 
 class Recorder:
@@ -40,6 +36,7 @@ class Recorder:
         result: RoundResult,
         stats: dict[str, float],
         server_s: float,
+        totals: Totals,
         log: UpdateLog | None,
         standing: dict[str, Any],
     ) -> None:
@@ -50,11 +47,14 @@ class Recorder:
             result: the round it was made from.
             stats: of the update.
             server_s: seconds that the update took.
+            totals: of the run, to which the step is added.
             log: of a run whose updates do not wait for all.
             standing: what else belongs on the line.
         """
         tasks = len(result.metrics["loss"])
-        step_s = step_seconds(result, server_s)
+        step_s = max(result.seconds + server_s, 1e-9)
+        totals.tasks_seen += tasks
+        totals.train_s += step_s
         self.memory = max(self.memory, result.memory)
         self._note_programs(version, result.programs)
         line: dict[str, Any] = {

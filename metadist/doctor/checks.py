@@ -13,6 +13,7 @@ from metadist.doctor import probes
 from metadist.doctor.findings import Finding
 from metadist.doctor.place import Place, Subject
 from metadist.errors import ClusterError
+from metadist.progress import counted
 from metadist.runtime.cluster import plan_workers
 from metadist.runtime.ray_probe import NoAnswer, Node
 
@@ -25,7 +26,7 @@ def nodes(subject: Subject) -> Iterator[Finding]:
     yield from failed
     names = ", ".join(sorted(subject.place.nodes[n].name for n in answered))
     if answered:
-        yield Finding("nodes", "ok", f"{_count(len(answered), 'node')}: {names}")
+        yield Finding("nodes", "ok", f"{counted(len(answered), 'node')}: {names}")
 
 
 # --------------------------------------------------------------------------- versions
@@ -48,7 +49,7 @@ def versions(subject: Subject) -> Iterator[Finding]:
         )  # fmt: skip
     if not found:
         same = ", ".join(f"{k} {v}" for k, v in wanted.items() if k != "code")
-        yield Finding("versions", "ok", f"{same} on {_count(len(told), 'node')}")
+        yield Finding("versions", "ok", f"{same} on {counted(len(told), 'node')}")
 
 
 def other_versions(wanted: Mapping[str, str], has: Mapping[str, str], node: str) -> Iterator[Finding]:
@@ -102,16 +103,16 @@ def resources(subject: Subject) -> Iterator[Finding]:
     fit, free = room(there, cpus, gpus), room(there, cpus, gpus, free=True)
     if fit < least and not subject.started_here:
         yield Finding(
-            "resources", "wrong", f"room for {_count(fit, 'worker')} of {each} ({seen})", f"room for {least}",
+            "resources", "wrong", f"room for {counted(fit, 'worker')} of {each} ({seen})", f"room for {least}",
             "lower runtime.workers, threads_per_worker or gpus_per_worker: a worker's share must be free on one node",
         )  # fmt: skip
     elif free < min(least, fit) and not subject.started_here:
         yield Finding(
-            "resources", "warning", f"room for {_count(free, 'worker')} now, the rest is in use", f"room for {least}",
+            "resources", "warning", f"room for {counted(free, 'worker')} now, the rest is in use", f"room for {least}",
             "wait for the others, or see `ray status` for who they are",
         )  # fmt: skip
     else:
-        yield Finding("resources", "ok", f"room for {_count(least, 'worker')} of {each}: {seen}")
+        yield Finding("resources", "ok", f"room for {counted(least, 'worker')} of {each}: {seen}")
 
 
 def planned(place: Place, runtime: RuntimeConfig) -> tuple[int, float]:
@@ -223,7 +224,7 @@ def _place(subject: Subject, place: str, what: str, everywhere: bool) -> Iterato
     found = [f for n, has in answers.items() for f in bad_storage(place, what, has, subject.name(n))]
     yield from found
     if not found and not failed:
-        where = f"from {_count(len(answers), 'node')}" if everywhere else "by the driver"
+        where = f"from {counted(len(answers), 'node')}" if everywhere else "by the driver"
         yield Finding("storage", "ok", f"{what} {place} can be written {where}")
 
 
@@ -262,8 +263,8 @@ def shards(subject: Subject) -> Iterator[Finding]:
     yield from found
     if told and not found:
         first = next(iter(told.values()))
-        size = f"{_count(first['shards'], 'shard')} of {in_words(first['bytes'])}, {first['content_id'][:19]}"
-        yield Finding("shards", "ok", f"{path} on {_count(len(told), 'node')}: {size}")
+        size = f"{counted(first['shards'], 'shard')} of {in_words(first['bytes'])}, {first['content_id'][:19]}"
+        yield Finding("shards", "ok", f"{path} on {counted(len(told), 'node')}: {size}")
 
 
 def bad_shards(told: Mapping[str, Mapping[str, Any]], subject: Subject) -> Iterator[Finding]:
@@ -280,7 +281,3 @@ def bad_shards(told: Mapping[str, Mapping[str, Any]], subject: Subject) -> Itera
                 "shards", "wrong", f"another set: {has['content_id'][:19]}", f"{wanted[:19]}, the driver's",
                 "copy the driver's set there, or put it on storage that all nodes share", subject.name(node),
             )  # fmt: skip
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}{'s' * (number != 1)}"

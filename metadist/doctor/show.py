@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, TextIO
 
 from metadist.doctor.findings import Finding
+from metadist.progress import counted
 
 _STYLE = {"ok": "green", "warning": "yellow", "wrong": "bold red"}
 _WIDTH = 12
@@ -80,5 +81,5 @@ def summary(findings: Sequence[Finding]) -> str:
     count: dict[str, Any] = {v: sum(f.verdict == v for f in findings) for v in ("wrong", "warning")}
     if not any(count.values()):
         return "nothing is wrong"
-    some = f"{count['warning']} warning{'s' * (count['warning'] != 1)}"
+    some = counted(count["warning"], "warning")
     return f"{count['wrong']} wrong, {some}" if count["wrong"] else f"nothing is wrong, {some}"

@@ -11,6 +11,7 @@ left of it however its processes end; and the end of one is seen by the other at
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import select
 import stat
@@ -162,18 +163,17 @@ class Line:
         self._actor = actor
         self.channel: Channel | None = None
         self.called = False
-        self._apart = False
         self._not_before, self._again_s = 0.0, _AGAIN_S
 
     def by_channel(self) -> Channel | None:
         """Its channel, opened if need be; None if it cannot be opened. The actor is idle, and on the driver's node."""
-        if self.channel is None and not self._apart and self._clock() >= self._not_before:
+        if self.channel is None and self._clock() >= self._not_before:
             try:
                 self.channel = Channel(self._actor.attend.remote)
             except TimeoutError:  # the machine is busy
                 self._not_before, self._again_s = self._clock() + self._again_s, 2.0 * self._again_s
             except OSError:
-                self._apart = True
+                self._not_before = math.inf
         return self.channel
 
     def by_ray(self) -> ActorHandle:

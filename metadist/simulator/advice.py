@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from metadist.config.schema import Config, WorkersRange
+from metadist.progress import counted
 from metadist.simulator.cluster import BYTES_A_NUMBER, Arrangement, Cluster, Compute, Work
 from metadist.simulator.presets import GPU_10G, this_machine
 from metadist.simulator.run import Split, simulate, split
@@ -106,10 +107,10 @@ def of_config(config: Config, microbatch_s: float | None = None, model_bytes: fl
         runtime.quorum, runtime.max_staleness,
     )  # fmt: skip
     nodes = cluster.nodes(workers)
-    assumed = f"{nodes} node{'s' * (nodes > 1)} of eight GPUs at 10 Gbit/s, which is assumed"
+    assumed = f"{counted(nodes, 'node')} of eight GPUs at 10 Gbit/s, which is assumed"
     where = "this machine" if here else assumed
     lines = [
-        f"simulated: {workers} worker{'s' * (workers > 1)} on {where}, a model of {_mb(work.model_bytes)}, "
+        f"simulated: {counted(workers, 'worker')} on {where}, a model of {_mb(work.model_bytes)}, "
         f"{count} microbatches an update"
     ]
     if count < workers and not present.max_staleness:

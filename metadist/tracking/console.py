@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from metadist.progress import left
+from metadist.progress import counted, left
 from metadist.tracking.base import PARTS, RunInfo, Tracker
 
 _SHARES = {"accuracy"}
@@ -46,7 +46,7 @@ class ConsoleTracker(Tracker):
             self._open_bar()
         else:
             since = f" from step {run.start_version}" if run.start_version else ""
-            self.message(f"{run.name}: {run.total_steps} steps{since}, {_workers(run.workers)}, {run.run_dir}")
+            self.message(f"{run.name}: {run.total_steps} steps{since}, {counted(run.workers, 'worker')}, {run.run_dir}")
 
     def log(self, version: int, metrics: Mapping[str, Any]) -> None:
         self._version = version
@@ -128,7 +128,7 @@ class ConsoleTracker(Tracker):
             found.append(f"{metric.replace('_', ' ')} {start}{number(after, metric)}")
         if isinstance(metrics.get("tasks_per_s"), (int, float)):
             found.append(f"{metrics['tasks_per_s']:.0f} tasks/s")
-        found.append(_workers(metrics.get("workers", self._run.workers)))
+        found.append(counted(metrics.get("workers", self._run.workers), "worker"))
         return "  ".join(found)
 
     def _time(self) -> str:
@@ -230,7 +230,3 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [tuple(columns), *(tuple(r) for r in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     return "\n".join("  ".join(w.ljust(n) for w, n in zip(line, widths, strict=True)).rstrip() for line in lines)
-
-
-def _workers(count: int) -> str:
-    return f"{count} worker{'s' * (count != 1)}"

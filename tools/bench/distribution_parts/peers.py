@@ -8,7 +8,10 @@ import numpy as np
 import ray
 import torch
 
+from metadist.allreduce import join, meeting_place
 from tools.bench.distribution_parts.emulated import gradient, numbers, shapes
+
+_PATIENCE_S = 1800.0
 
 
 def _as_tensors(flat: np.ndarray, model: str) -> list[np.ndarray]:
@@ -63,13 +66,12 @@ class ExampleWorker:
 
     def meeting_place(self) -> int:
         """The port where a process group meets."""
-        self.store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.store = meeting_place("127.0.0.1")
         return self.store.port
 
     def join(self, rank: int, world: int, port: int) -> None:
         """Becomes a member of a process group."""
-        store = torch.distributed.TCPStore("127.0.0.1", port, is_master=False) if rank else self.store
-        torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
+        join("127.0.0.1", port, rank, world, _PATIENCE_S, None if rank else self.store)
 
     def all_reduce(self, times: int) -> np.ndarray | None:
         """Sums everybody's gradient, ``times`` over; the first numbers of the sum."""
